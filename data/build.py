@@ -1,0 +1,123 @@
+"""From flags to loaders."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from data.folders import ImageFolders, Split
+from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader, own_size
+from data.samplers import SAMPLERS
+from engine import distributed
+from engine.console import warn
+from engine.errors import Refused
+from engine.flags import add_switch, number_in
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_dir", type=Path, default=Path("data/mini-ImageNet"), metavar="DIR", help="holds train/, val/, test/"
+    )
+    group.add_argument(
+        "--list_dir", type=Path, metavar="DIR", help="holds train.txt, val.txt, test.txt of `path label` lines to use"
+    )
+    group.add_argument(
+        "--cls_num", type=number_in(2, kind=int), metavar="C", help="expected number of classes; default: the folder's"
+    )
+    group.add_argument(
+        "--img_size",
+        type=number_in(8, kind=int),
+        metavar="S",
+        help="px; default: the images' own, if all are squares of one size up to 96, else 224",
+    )
+    group.add_argument("--normalize", choices=("imagenet", "dataset"), default="imagenet", help="whose mean and std")
+    add_switch(group, "--hflip", None, "mirror images; default: the data set's word")
+    group.add_argument("--sampler", choices=SAMPLERS, help="of training images; default: uniform, balanced with DRS")
+    group.add_argument(
+        "--drs_epoch",
+        type=number_in(0, kind=int),
+        metavar="E",
+        help="uniform before epoch E, --sampler from it on (DRS)",
+    )
+    group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
+    group.add_argument(
+        "--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="of decoded images in memory"
+    )
+
+
+def check_data_flags(args: argparse.Namespace) -> list[str]:
+    """A warning about deferred sampling that changes nothing."""
+    if args.drs_epoch is not None and args.sampler == "uniform":
+        return ["--drs_epoch changes nothing: --sampler uniform is in force before it, too"]
+    return []
+
+
+def sampler_of(args: argparse.Namespace, epoch: int) -> str:
+    """The sampler in force in ``epoch``."""
+    if args.drs_epoch is None:
+        return args.sampler or "uniform"
+    return (args.sampler or "balanced") if epoch >= args.drs_epoch else "uniform"
+
+
+def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
+    """`Refused` for a wrong ``--cls_num``; warnings about classes that cannot be validated or tested."""
+    if args.cls_num is not None and args.cls_num != len(folders.classes):
+        raise Refused(f"--cls_num is {args.cls_num}, but {folders.root / 'train'} holds {len(folders.classes)} classes")
+    for split in ("val", "test"):
+        if split in folders.splits and (names := folders.untested(split)):
+            warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
+    if "val" not in folders.splits:
+        warn(f"{folders.root} has no val/ images: nothing is selected, the last epoch is the model")
+
+
+def build_pixels(args: argparse.Namespace, folders: ImageFolders) -> Pixels:
+    """Image size and normalisation."""
+    paths = folders.splits["train"].paths
+    pixels = Pixels(args.img_size or own_size(paths) or 224)
+    if args.normalize == "imagenet":
+        return pixels
+    raw = pixels._replace(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    loader = build_evaluation_loader(args, folders.splits["train"], raw, torch.device("cpu"))
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for batch in loader:
+        images = batch.images.double()
+        sums += torch.stack([images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)])
+    mean, square = sums / len(paths)
+    std = (square - mean.square()).sqrt().clamp_min(1e-3)
+    return pixels._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def build_training_loader(
+    args: argparse.Namespace, folders: ImageFolders, pixels: Pixels, seed: int, device: torch.device
+) -> TrainingLoader:
+    processes, images = distributed.world_size(), len(folders.splits["train"].paths)
+    if args.batch_size % processes or args.batch_size < 2 * processes or images < 2 * processes:
+        raise Refused(
+            f"--batch_size {args.batch_size} and {images} training images for {processes} processes: the batch must "
+            f"divide by their number and leave each at least two images"
+        )
+    flips = folders.flips if args.hflip is None else args.hflip
+    return TrainingLoader(
+        folders.splits["train"],
+        pixels,
+        args.batch_size,
+        seed,
+        device,
+        flips,
+        args.supcon_views,
+        _workers(args),
+        args.cache_limit,
+    )
+
+
+def build_evaluation_loader(
+    args: argparse.Namespace, split: Split, pixels: Pixels, device: torch.device
+) -> EvaluationLoader:
+    return EvaluationLoader(split, pixels, args.batch_size, device, _workers(args), args.cache_limit)
+
+
+def _workers(args: argparse.Namespace) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(args.workers, cores)

@@ -1,0 +1,188 @@
+"""Class folders on disk: which images there are, of which class, and whether they can be trained on."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data.image_lists import find_list, read_lists
+from data.wordnet import MINI_IMAGENET_NAMES
+from engine.errors import Refused
+from engine.files import read_json
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+SPLITS = ("train", "val", "test")
+
+
+class Split(NamedTuple):
+    """Image files of one split in (class, name) order and their class indices."""
+
+    paths: list[Path]
+    targets: list[int]
+
+
+@dataclass(frozen=True)
+class ImageFolders:
+    """A data set laid out as ``root/{train,val,test}/<class>/<image>``, or listed in ``train.txt`` and its like.
+
+    Classes are the sorted folders of train, or the labels of the lists in their order.
+    """
+
+    root: Path
+    classes: list[str]
+    splits: dict[str, Split]  # train, and val and test where they exist
+    about: dict = field(default_factory=dict)  # dataset.json: "source", "readable_names" {class: name}, "hflip"
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images by class, in class-index order."""
+        counts = Counter(self.splits["train"].targets)
+        return [counts[index] for index in range(len(self.classes))]
+
+    @property
+    def readable_names(self) -> list[str]:
+        names = {**MINI_IMAGENET_NAMES, **self.about.get("readable_names", {})}
+        return [names.get(name, name) for name in self.classes]
+
+    @property
+    def flips(self) -> bool:
+        """Whether a mirrored image keeps its class; true unless ``dataset.json`` says otherwise."""
+        return self.about.get("hflip", True)
+
+    def untested(self, split: str) -> list[str]:
+        """Classes without an image in ``split``: class means are taken over the others."""
+        present = set(self.splits[split].targets)
+        return [name for index, name in enumerate(self.classes) if index not in present]
+
+
+def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders:
+    """The data set below ``root``; `Refused` when it has no train split, an empty class or a class train lacks.
+
+    Image lists in ``list_dir``, or a ``train.txt`` in ``root``, are used instead of folders.
+    """
+    if not root.is_dir():
+        raise Refused(
+            f"data folder {root} does not exist; prepare one with `python scripts/prepare_data.py digits`, "
+            f"or give yours with --data_dir (it holds train/<class>/<image>)"
+        )
+    if list_dir is not None or (root / "train.txt").is_file():
+        return read_listed_images(root, list_dir or root)
+    train = root / "train"
+    if not train.is_dir():
+        raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
+    classes = class_folders(train)
+    if len(classes) < 2:
+        raise Refused(f"{train} holds {len(classes)} class folder(s); a classifier needs at least two")
+    splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
+    present = set(splits["train"].targets)
+    empty = [name for index, name in enumerate(classes) if index not in present]
+    if empty:
+        raise Refused(f"no images in {', '.join(str(train / name) for name in empty)}; add some or remove the folder")
+    splits = {name: split for name, split in splits.items() if split.paths}
+    return ImageFolders(root, classes, splits, read_about(root))
+
+
+def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: list[str]) -> ImageFolders:
+    """What there is below ``root`` in ``classes``, which a run knows; `Refused` without images in ``split``."""
+    if list_dir is not None or (root / "train.txt").is_file():
+        folders = read_image_folders(root, list_dir)
+        if folders.classes != classes or split not in folders.splits:
+            raise Refused(f"the lists in {list_dir or root} have no {split} images in the classes of the run")
+        return folders
+    if not (root / split).is_dir():
+        raise Refused(f"{root / split} does not exist; give the data set with --data_dir, or another --split")
+    splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
+    if not splits[split].paths:
+        raise Refused(f"{root / split} holds no images of the run's classes")
+    return ImageFolders(root, classes, splits)
+
+
+def read_listed_images(root: Path, list_dir: Path) -> ImageFolders:
+    found = {split: find_list(list_dir, split) for split in SPLITS}
+    if found["train"] is None:
+        raise Refused(f"{list_dir} holds no train.txt with lines `path label`; see --list_dir")
+    classes, rows = read_lists(root, {split: path for split, path in found.items() if path is not None})
+    if len(classes) < 2:
+        raise Refused(f"{found['train']} holds one label; a classifier needs at least two")
+    splits = {split: Split([path for path, _ in rows], [label for _, label in rows]) for split, rows in rows.items()}
+    return ImageFolders(root, classes, splits, read_about(root))
+
+
+def class_folders(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def read_split(directory: Path, classes: list[str]) -> Split:
+    """The images of ``directory/<class>/``; other files and dot files are ignored."""
+    unknown = [name for name in class_folders(directory) if name not in set(classes)]
+    if unknown:
+        raise Refused(
+            f"{directory} holds classes that train/ lacks: {', '.join(unknown)}; remove them, or train on such images"
+        )
+    paths, targets = [], []
+    for index, name in enumerate(classes):
+        images = image_files(directory / name) if (directory / name).is_dir() else []
+        paths += images
+        targets += [index] * len(images)
+    return Split(paths, targets)
+
+
+def image_files(directory: Path) -> list[Path]:
+    """Image files directly in ``directory``, sorted by name; dot files are ignored."""
+    return sorted(
+        path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def read_about(root: Path) -> dict:
+    """``dataset.json``: what the folders cannot say. Empty when there is none."""
+    about = read_json(root / "dataset.json", default={})
+    if not isinstance(about.get("readable_names", {}), dict) or not isinstance(about.get("hflip", True), bool):
+        raise Refused(f"{root / 'dataset.json'}: needs readable_names {{class: name}}, hflip true or false; mend it")
+    return about
+
+
+def split_hash(folders: ImageFolders) -> str:
+    """SHA-256 that names exactly these images in these splits.
+
+    Over the sorted lines ``split/class/name sha256(content)``. A ``split.json`` that lists the very same files, none
+    of them newer than itself, carries the hash already; otherwise every file is read.
+    """
+    names = image_names(
+        folders.root,
+        (
+            (split, folders.classes[target], path)
+            for split, (paths, targets) in folders.splits.items()
+            for path, target in zip(paths, targets, strict=True)
+        ),
+    )
+    path = folders.root / "split.json"
+    recorded = read_json(path, default={})
+    if recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str):
+        written = path.stat().st_mtime
+        if all(image.stat().st_mtime <= written + 1 for image in names.values()):
+            return recorded["hash"]
+    return hash_of_lines(
+        f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for name, path in tqdm(names.items(), "hashing", unit="image", disable=None, leave=False)
+    )
+
+
+def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:
+    """``split/class/name`` of every (split, class, path). Lists may hold a name twice in a class: then the second is
+    called by its path below ``root``."""
+    names = {}
+    for split, class_name, path in images:
+        name = f"{split}/{class_name}/{path.name}"
+        names[name if name not in names else f"{split}/{class_name}/{os.path.relpath(path, root)}"] = path
+    return names
+
+
+def hash_of_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of the lines, sorted, a newline after each."""
+    return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,100 @@
+"""What lies in a data folder, right or wrong, and what the names alone show: cheap enough for every start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data.folders import SPLITS, class_folders, image_files, image_names, read_image_folders
+from engine.errors import Refused
+
+ACT, NOTE, HINT = "act", "note", "hint"  # act: training would stop, or its figures would be wrong
+
+
+class Finding(NamedTuple):
+    level: str
+    message: str
+    files: list[str] = []  # below the data folder; of a pair, "one = other"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a data folder, right or wrong."""
+
+    root: Path
+    splits: dict[str, dict[str, list[Path]]]  # split -> class -> images
+    ignored: list[Path]  # neither folder nor image, or out of place
+
+    @property
+    def names(self) -> dict[str, Path]:
+        """``split/class/name`` of every image."""
+        return image_names(
+            self.root,
+            (
+                (split, name, path)
+                for split, classes in self.splits.items()
+                for name, paths in classes.items()
+                for path in paths
+            ),
+        )
+
+    def counts(self, split: str) -> dict[str, int]:
+        return {name: len(paths) for name, paths in self.splits.get(split, {}).items()}
+
+
+def listing(root: Path, list_dir: Path | None = None) -> Listing:
+    """The images of every split and class, empty classes and classes of one split included."""
+    if list_dir is not None or (root / "train.txt").is_file():
+        folders = read_image_folders(root, list_dir)
+        splits = {split: {name: [] for name in folders.classes} for split in folders.splits}
+        for split, (paths, targets) in folders.splits.items():
+            for path, target in zip(paths, targets, strict=True):
+                splits[split][folders.classes[target]].append(path)
+        return Listing(root, splits, [])
+    if not (root / "train").is_dir():
+        raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
+    present = [split for split in SPLITS if (root / split).is_dir()]
+    splits = {
+        split: {name: image_files(root / split / name) for name in class_folders(root / split)} for split in present
+    }
+    used = {path for classes in splits.values() for paths in classes.values() for path in paths}
+    used |= {root / split / name for split in present for name in splits[split]}
+    found = [path for split in present for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
+    return Listing(root, splits, sorted(set(found) - used))
+
+
+def listing_findings(found: Listing) -> list[Finding]:
+    """Wrong, doubtful or worth knowing, from the names alone."""
+    train = found.counts("train")
+    findings = []
+    if len(train) < 2:
+        findings.append(Finding(ACT, f"train has {len(train)} class(es); a classifier needs at least two"))
+    empty = [f"train/{name}" for name, count in train.items() if not count]
+    if empty:
+        findings.append(Finding(ACT, f"{len(empty)} empty class(es) in train; add images or remove the folder", empty))
+    for split in ("val", "test"):
+        findings += split_findings(split, found.counts(split), train)
+    single = [f"train/{name}" for name, count in train.items() if count == 1]
+    if single:
+        findings.append(Finding(NOTE, f"{len(single)} class(es) with a single training image", single))
+    if found.ignored:
+        files = [str(path.relative_to(found.root)) for path in found.ignored]
+        findings.append(
+            Finding(NOTE, f"{len(files)} entries that are not used: no image, hidden or out of place", files)
+        )
+    return findings
+
+
+def split_findings(split: str, counts: dict[str, int], train: dict[str, int]) -> list[Finding]:
+    if not any(counts.values()):
+        purpose = "the last epoch will be the model" if split == "val" else "nothing can be tested"
+        return [Finding(NOTE, f"no {split} images: {purpose}")]
+    findings = []
+    unknown = [f"{split}/{name}" for name in counts if name not in train]
+    if unknown:
+        findings.append(
+            Finding(ACT, f"{len(unknown)} class(es) in {split} that train lacks; remove or move them", unknown)
+        )
+    without = [f"{split}/{name}" for name, count in train.items() if count and not counts.get(name)]
+    if without:
+        findings.append(Finding(NOTE, f"{len(without)} class(es) cannot be judged in {split}: no images", without))
+    return findings

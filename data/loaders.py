@@ -1,0 +1,294 @@
+"""Batches on the device: from memory where the decoded images fit, else decoded by worker processes."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import transforms
+from data.folders import Split
+from data.images import read_image
+from data.samplers import batch_bounds, epoch_draws, epoch_order
+from engine import distributed
+from engine.errors import Failed, Refused
+
+CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
+
+
+class Batch(NamedTuple):
+    images: Tensor  # float [V * B, 3, S, S], normalised, view by view
+    targets: Tensor  # [V * B]
+    indices: Tensor  # [V * B] positions in the split, on the CPU
+
+
+class Pixels(NamedTuple):
+    """How pixels reach the model: side in px, channel means and standard deviations of images in [0, 1]."""
+
+    size: int
+    mean: tuple[float, ...] = transforms.IMAGENET_MEAN
+    std: tuple[float, ...] = transforms.IMAGENET_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """What evaluation feeds the model for an RGB image: float [3, S, S], normalised."""
+        view = np.array(transforms.fixed_view(image, self.size))
+        return self.normalized(torch.from_numpy(view).permute(2, 0, 1) / 255)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return transforms.normalized(images, self.mean, self.std)
+
+
+class TrainingLoader:
+    """Augmented batches. What an epoch holds depends on its number and the seed alone, not on workers or devices.
+
+    Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
+    made by worker processes, and the device jitters their colours. With two views every image comes twice.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        pixels: Pixels,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        flips: bool = True,
+        views: int = 1,
+        workers: int = 0,
+        cache_limit: float = CACHE_LIMIT,
+    ):
+        self.paths, self.targets = split.paths, torch.tensor(split.targets)
+        self.bounds = batch_bounds(len(split.paths), batch_size, smallest=2 * distributed.world_size())
+        self.pixels, self.seed, self.device, self.flips, self.views = pixels, seed, device, flips, views
+        self.small = pixels.size <= transforms.SMALL
+        if self.small:
+            self.source = fixed_views(split.paths, pixels.size, workers, device, cache_limit)
+        else:
+            decoded = DecodedImages(split.paths, workers) if decoded_bytes(split.paths) <= cache_limit else None
+            self.source = WorkerPool(RandomCrops(split.paths, pixels.size, decoded), workers, device)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def epoch(self, epoch: int, sampler: str = "uniform", first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` from ``first_batch`` on: this process's share of each."""
+        order = epoch_order(self.targets, sampler, self.seed, epoch)
+        draws = epoch_draws(self.views * len(order), self.seed, epoch).view(self.views, len(order), -1)
+        rank, step = distributed.rank(), distributed.world_size()
+        own = [slice(start + rank, stop, step) for start, stop in self.bounds[first_batch:]]
+        indices = [order[rows].repeat(self.views) for rows in own]
+        draws = [draws[:, rows].flatten(0, 1) for rows in own]
+        if self.small:
+            keys = (batch.tolist() for batch in indices)
+        else:
+            keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
+        for images, batch, numbers in zip(self.source.read(keys), indices, draws, strict=True):
+            images = self.augmented(images.to(self.device, non_blocking=True), numbers.to(self.device))
+            yield Batch(images, self.targets[batch].to(self.device, non_blocking=True), batch)
+
+    def augmented(self, images: Tensor, draws: Tensor) -> Tensor:
+        """uint8 images to what the model is fed; the crop of larger images has been made."""
+        if self.small:
+            images = transforms.padded_crop(images, draws)
+        if self.flips:
+            images = transforms.mirrored(images, draws)
+        images = images / 255
+        if not self.small:
+            images = transforms.colour_jitter(images, draws)
+        return self.pixels.normalized(images)
+
+
+class EvaluationLoader:
+    """The batches of a split in the view of `transforms.fixed_view`, without augmentation: this process's share."""
+
+    def __init__(
+        self,
+        split: Split,
+        pixels: Pixels,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        cache_limit: float = CACHE_LIMIT,
+    ):
+        images = list(range(len(split.paths)))
+        # with fewer images than processes some look at the first image too; `predict` counts each once
+        self.own = images[distributed.rank() :: distributed.world_size()] or images[:1]
+        self.targets = torch.tensor(split.targets, dtype=torch.long)
+        self.bounds = batch_bounds(len(self.own), batch_size, smallest=1)
+        self.pixels, self.device = pixels, device
+        self.source = fixed_views([split.paths[i] for i in self.own], pixels.size, workers, device, cache_limit)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[Batch]:
+        keys = [list(range(start, stop)) for start, stop in self.bounds]
+        for images, batch in zip(self.source.read(keys), keys, strict=True):
+            images = self.pixels.normalized(images.to(self.device, non_blocking=True) / 255)
+            indices = torch.tensor([self.own[i] for i in batch], dtype=torch.long)
+            yield Batch(images, self.targets[indices].to(self.device), indices)
+
+
+class CachedViews:
+    """The fixed view of every image, decoded once: uint8 [N, 3, S, S] on the device."""
+
+    def __init__(self, paths: list[Path], size: int, workers: int, device: torch.device):
+        views = decode_all(paths, lambda path: np.asarray(transforms.fixed_view(read_image(path), size)), workers)
+        self.views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().to(device)
+
+    def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
+        for indices in batches:
+            yield self.views[indices]
+
+
+class WorkerPool:
+    """Worker processes that read batches of ``dataset`` in the order asked for, and live through all epochs."""
+
+    def __init__(self, dataset: Dataset, workers: int, device: torch.device):
+        self.batches = _GivenBatches()
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_main_process,
+        )
+
+    def read(self, batches: Iterable[list]) -> Iterator[Tensor]:
+        self.batches.batches = batches
+        for images in self.loader:
+            if isinstance(images, str):
+                raise Failed(images)
+            yield images
+
+
+class FixedViews(Dataset):
+    """`transforms.fixed_view` of every image; a key is an index."""
+
+    def __init__(self, paths: list[Path], size: int):
+        self.paths, self.size = paths, size
+
+    def __getitems__(self, indices: list[int]) -> Tensor | str:
+        return read_batch(indices, lambda i: transforms.fixed_view(read_image(self.paths[i]), self.size))
+
+
+class RandomCrops(Dataset):
+    """Random resized crops; a key is an index and the draws for it. ``decoded`` images spare the files.
+
+    Without them a JPEG is decoded at the smallest of its scales that the crop allows: a few grey levels of difference.
+    """
+
+    def __init__(self, paths: list[Path], size: int, decoded: "DecodedImages | None"):
+        self.paths, self.size, self.decoded = paths, size, decoded
+
+    def __getitems__(self, keys: list[tuple[int, list[float]]]) -> Tensor | str:
+        return read_batch(keys, self.crop)
+
+    def crop(self, key: tuple[int, list[float]]) -> Image.Image:
+        index, draws = key
+        if self.decoded is not None:
+            image = self.decoded[index]
+        else:
+            image = read_image(self.paths[index], transforms.smallest_useful_side(self.size, draws))
+        return transforms.random_resized_crop(image, self.size, draws)
+
+
+class DecodedImages:
+    """All images in one block of memory, which worker processes share."""
+
+    def __init__(self, paths: list[Path], workers: int):
+        arrays = decode_all(paths, lambda path: np.asarray(read_image(path)), workers)
+        self.shapes = torch.tensor([array.shape for array in arrays])
+        self.ends = self.shapes.prod(dim=1).cumsum(0)
+        self.block = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()
+        np.concatenate([array.ravel() for array in arrays], out=self.block.numpy())
+
+    def __getitem__(self, index: int) -> Image.Image:
+        shape, end = self.shapes[index].tolist(), int(self.ends[index])
+        return Image.fromarray(self.block[end - int(np.prod(shape)) : end].view(shape).numpy())
+
+
+class _GivenBatches:
+    """A batch sampler that yields the batches it was given last."""
+
+    def __init__(self):
+        self.batches: Iterable[list] = ()
+
+    def __iter__(self) -> Iterator[list]:
+        return iter(self.batches)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _unchanged(batch: Tensor | str) -> Tensor | str:
+    return batch
+
+
+def fixed_views(paths: list[Path], size: int, workers: int, device: torch.device, cache_limit: float):
+    """The fixed views of ``paths``, from memory where they fit."""
+    if len(paths) * 3 * size**2 <= cache_limit:
+        return CachedViews(paths, size, workers, device)
+    return WorkerPool(FixedViews(paths, size), workers, device)
+
+
+def read_batch(keys: list, read: Callable) -> Tensor | str:
+    """uint8 [B, 3, S, S], or what is wrong with a file: an exception would bring a worker's traceback along."""
+    try:
+        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2)
+    except Refused as error:
+        return str(error)
+
+
+def decode_all(paths: list[Path], read: Callable[[Path], np.ndarray], workers: int) -> list[np.ndarray]:
+    """``read`` of every path in threads (decoders leave Python's lock); `Refused` with all broken files."""
+
+    def attempt(path: Path) -> np.ndarray | str:
+        try:
+            return read(path)
+        except Refused as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = list(tqdm(pool.map(attempt, paths), "decoding", len(paths), unit="image", disable=None, leave=False))
+    broken = [result for result in results if isinstance(result, str)]
+    if broken:
+        more = f"; and {len(broken) - 20} more, which scripts/audit_data.py lists" if len(broken) > 20 else ""
+        raise Refused("; ".join(broken[:20]) + more)
+    return results
+
+
+def decoded_bytes(paths: list[Path], sample: int = 64) -> float:
+    """Estimate of what the images take in memory, from evenly spaced ones."""
+    sizes = [size for size in map(image_size, paths[:: max(1, len(paths) // sample)]) if size]
+    return len(paths) * sum(3 * width * height for width, height in sizes) / max(1, len(sizes))
+
+
+def own_size(paths: list[Path], largest: int = 96) -> int | None:
+    """The side in px when all readable images are squares of one size up to ``largest``, else None."""
+    side = None
+    for width, height in filter(None, map(image_size, paths)):
+        side = side or width
+        if not width == height == side <= largest:
+            return None
+    return side
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in px from the file's header; None where there is none: decoding will tell why."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # decoders raise what they like
+        return None

@@ -1,0 +1,108 @@
+"""Mini-ImageNet in the layouts it is passed around in: folders, few-shot lists over ILSVRC folders, pickled caches.
+
+Ravi and Larochelle's few-shot split (2017) keeps 64, 16 and 20 classes for train, val and test. Long-tailed
+classification needs all 100 in each, so those are merged and split again inside every class.
+"""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+
+from data.class_folders import Classes, Source, read_class_folders, refuse_unknown_classes
+from data.folders import SPLITS, image_files
+from data.pickles import load_arrays
+from data.wordnet import MINI_IMAGENET_NAMES
+from engine.errors import Refused
+
+RESPLIT = {"imb_type": "exp", "imb_factor": 100, "val_per_class": 50, "test_per_class": 50}
+
+
+def read_mini_imagenet(root: Path, ilsvrc: Path | None) -> Source:
+    """The layout that lies in ``root``; ``ilsvrc`` holds the ILSVRC-2012 training folders that few-shot lists mean."""
+    if (root / "train.csv").is_file():
+        classes, profile = read_few_shot_lists(root, ilsvrc or root / "images"), RESPLIT
+        splits = {"train": classes}
+    elif any(root.glob("mini-imagenet-cache-*.pkl")):
+        splits, profile = {"train": read_caches(sorted(root.glob("mini-imagenet-cache-*.pkl")))}, RESPLIT
+    else:
+        splits = read_class_folders(root)
+        profile = {"imb_type": "none"} if len(splits) > 1 else RESPLIT
+        if is_few_shot(splits):
+            splits, profile = {"train": {k: v for split in splits.values() for k, v in split.items()}}, RESPLIT
+        refuse_unknown_classes(splits, root)
+    readable = {name: MINI_IMAGENET_NAMES[name] for name in splits["train"] if name in MINI_IMAGENET_NAMES}
+    return Source(splits, {"source": "mini-ImageNet", "readable_names": readable, "hflip": True}, profile)
+
+
+def is_few_shot(splits: dict[str, Classes]) -> bool:
+    """Whether no class is in two splits."""
+    names = [name for classes in splits.values() for name in classes]
+    return len(splits) > 1 and len(set(names)) == len(names)
+
+
+def read_few_shot_lists(root: Path, images: Path) -> Classes:
+    """``train.csv``, ``val.csv``, ``test.csv`` with the columns filename and label, all merged."""
+    if not images.is_dir():
+        raise Refused(
+            f"{images} is no folder; give the ILSVRC-2012 training folders of the images in {root} with --ilsvrc"
+        )
+    rows = [row for split in SPLITS for row in read_list(root / f"{split}.csv")]
+    classes = {label: {} for _, label in rows}
+    ranked = {label: by_number(images / label) for label in classes}
+    for filename, label in rows:
+        classes[label][filename] = listed_image(images, filename, label, ranked[label])
+    return classes
+
+
+def read_list(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        raise Refused(f"{path} is missing; the few-shot lists are train.csv, val.csv and test.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    wrong = next(
+        (k for k, row in enumerate(rows) if len(row) != 2 or any(Path(word).name != word for word in row)), None
+    )
+    if wrong is not None or not rows:
+        raise Refused(f"{path}, line {(wrong or 0) + 1}, is not `filename,label`; get the original list")
+    return [(filename, label) for filename, label in rows if (filename, label) != ("filename", "label")]
+
+
+def by_number(folder: Path) -> list[Path]:
+    """ILSVRC images ``<wnid>_<number>.JPEG`` by their number; empty where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    numbered = [(re.fullmatch(r".*_(\d+)", path.stem), path) for path in image_files(folder)]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+
+
+def listed_image(images: Path, filename: str, label: str, ranked: list[Path]) -> Path:
+    """The file that a row means: itself, or, ``n0153282900000005.jpg``, the fifth of its ILSVRC class by number."""
+    for path in (images / filename, images / label / filename):
+        if path.is_file():
+            return path
+    number = Path(filename).stem.removeprefix(label)
+    if not number.isdecimal() or not 1 <= int(number) <= len(ranked):
+        raise Refused(
+            f"{images} lacks {filename} of class {label}: {len(ranked)} images in {images / label}; see --ilsvrc"
+        )
+    return ranked[int(number) - 1]
+
+
+def read_caches(paths: list[Path]) -> Classes:
+    """``mini-imagenet-cache-*.pkl``: 84 px pixels and the rows of each class; images are named by their rank in it."""
+    classes = {}
+    for path in paths:
+        cache = load_arrays(path)
+        cache = {text(key): value for key, value in cache.items()} if isinstance(cache, dict) else {}
+        pixels, rows_by_class = cache.get("image_data"), cache.get("class_dict")
+        if not isinstance(rows_by_class, dict) or not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+            raise Refused(f"{path} does not hold image_data and class_dict; get the original file")
+        for label, rows in rows_by_class.items():
+            classes[text(label)] = {f"{rank:04d}.png": pixels[row] for rank, row in enumerate(rows)}
+    return classes
+
+
+def text(key: str | bytes) -> str:
+    return key.decode() if isinstance(key, bytes) else key

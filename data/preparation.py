@@ -1,0 +1,184 @@
+"""A data folder written whole or not at all: into a locked sibling, then renamed."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data.class_folders import Source
+from data.folders import SPLITS, class_folders, hash_of_lines, image_files
+from data.long_tail import Names, Profile
+from engine.errors import Failed, Refused
+from engine.files import read_json
+
+Files = dict[str, Path | np.ndarray]  # "split/class/name" -> image file, or uint8 pixels [H, W] or [H, W, 3]
+
+
+def publish(
+    source: Source, drawn: dict[str, Names], profile: Profile, scratch: Path, output: Path, link: bool, overwrite: bool
+) -> str:
+    """Make ``output`` hold the images ``drawn`` from ``source``; returns what a user wants to read about it."""
+    files = {
+        f"{split}/{name}/{image}": source.splits[origin][name][image]
+        for split, classes in drawn.items()
+        for origin in [split if split in source.splits else "train"]
+        for name, images in classes.items()
+        for image in images
+    }
+    if output.exists():
+        if holds_exactly(output, files):
+            return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}"
+        if not overwrite:
+            raise Refused(f"{output} holds something else; --overwrite replaces it, --output DIR writes elsewhere")
+    new = scratch / "new"
+    digest = write_files(files, new, link)
+    write_json(new / "dataset.json", source.about)
+    counts = {split: {name: len(images) for name, images in classes.items()} for split, classes in drawn.items()}
+    record = {"hash": digest, "source": source.about["source"], "seed": profile.data_seed, "profile": asdict(profile)}
+    write_json(new / "split.json", {**record, "counts": counts, "files": sorted(files)})
+    replace(new, output, scratch)
+    return f"{output}: {summary(drawn)}, split hash {digest}"
+
+
+def summary(drawn: dict[str, Names]) -> str:
+    sizes = [len(images) for images in drawn["train"].values()]
+    others = [f"{split} {sum(map(len, drawn[split].values()))}" for split in ("val", "test") if split in drawn]
+    shown = ", ".join(map(str, sizes)) if len(sizes) <= 20 else f"{max(sizes)} down to {min(sizes)}"
+    train = f"train {sum(sizes)} images of {len(sizes)} classes ({shown})"
+    return ", ".join([train, *others])
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """An empty folder beside ``output``, ours alone until the end; what a killed run left there is removed first."""
+    scratch, lock = output.with_name(f".{output.name}.part"), None
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        lock = locked(scratch)
+        if lock is None:
+            raise Failed(f"another process is preparing {output}; wait for it to end")
+        yield emptied(scratch, output)
+    except OSError as error:
+        raise Failed(f"preparing {output} stopped: {error}") from None
+    finally:
+        if lock is not None:
+            emptied(scratch, output).rmdir()
+            os.close(lock)
+
+
+def locked(folder: Path) -> int | None:
+    """An open file that locks ``folder``; None when another process holds it. The kernel unlocks a killed process."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), folder.stat()):  # not removed by its former owner in between
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
+
+
+def emptied(scratch: Path, output: Path) -> Path:
+    """Undo what a stopped run left: the folder that it was about to replace goes back, the rest goes away."""
+    if (scratch / "old").exists() and not output.exists():
+        (scratch / "old").rename(output)
+    for leftover in scratch.iterdir():
+        remove(leftover)
+    return scratch
+
+
+def replace(new: Path, output: Path, scratch: Path) -> None:
+    """Rename ``new`` to ``output``; what was there is deleted with ``scratch``."""
+    if output.exists():
+        output.rename(scratch / "old")
+    new.rename(output)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_files(files: Files, folder: Path, link: bool) -> str:
+    """Write ``files`` below ``folder`` and return their split hash."""
+    for parent in {str(Path(name).parent) for name in files}:
+        (folder / parent).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, image in tqdm(files.items(), "writing", unit="image", disable=None, leave=False):
+        content = file_content(image)
+        lines.append(f"{name} {hashlib.sha256(content).hexdigest()}")
+        if link and isinstance(image, Path):
+            hard_link(image, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+    return hash_of_lines(lines)
+
+
+def hash_of_files(files: Files) -> str:
+    """The split hash that `write_files` would return."""
+    return hash_of_lines(
+        f"{name} {hashlib.sha256(file_content(image)).hexdigest()}"
+        for name, image in tqdm(files.items(), "comparing", unit="image", disable=None, leave=False)
+    )
+
+
+def file_content(image: Path | np.ndarray) -> bytes:
+    """A file as it is; pixels as PNG."""
+    if isinstance(image, Path):
+        return image.read_bytes()
+    png = BytesIO()
+    # Stored, not compressed: the bytes, and with them the split hash, do not depend on the version of zlib.
+    Image.fromarray(image).save(png, "PNG", compress_level=0)
+    return png.getvalue()
+
+
+def hard_link(image: Path, target: Path) -> None:
+    try:
+        os.link(image.resolve(), target)
+    except OSError as error:
+        raise Failed(f"cannot hard-link {image} to {target} ({error.strerror}); leave out --link to copy") from None
+
+
+def holds_exactly(folder: Path, files: Files) -> bool:
+    """Whether the images in the splits of ``folder`` are those that its ``split.json`` and ``files`` name."""
+    return listed(folder) == set(files) and recorded_hash(folder) == hash_of_files(files)
+
+
+def recorded_hash(folder: Path) -> str | None:
+    return read_json(folder / "split.json", default={}).get("hash")
+
+
+def listed(folder: Path) -> set[str]:
+    return {
+        f"{split}/{name}/{path.name}"
+        for split in SPLITS
+        if (folder / split).is_dir()
+        for name in class_folders(folder / split)
+        for path in image_files(folder / split / name)
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def refuse_foreign_output(output: Path, source: Path | None) -> None:
+    """`Refused` when writing ``output`` would change or contain what it is made from."""
+    if source is None:
+        return
+    output, source = output.resolve(), source.resolve()
+    if output == source or output in source.parents or source in output.parents:
+        raise Refused(f"{output} and the source {source} lie inside each other; choose another folder with --output")

@@ -1,0 +1,38 @@
+"""Which images an epoch sees, in which order, with which random draws: functions of (seed, epoch) alone."""
+
+import torch
+from torch import Tensor
+
+from data.transforms import DRAWS
+
+SAMPLERS = {"uniform": None, "balanced": 0.0, "sqrt": 0.5}  # a class is drawn with probability ~ n ** power
+
+
+def epoch_order(targets: Tensor, sampler: str, seed: int, epoch: int) -> Tensor:
+    """len(targets) indices: a permutation (``uniform``), or draws with replacement, class first, image second."""
+    generator = torch.Generator().manual_seed(_mixed(seed, epoch, 0))
+    power = SAMPLERS[sampler]
+    if power is None:
+        return torch.randperm(len(targets), generator=generator)
+    class_counts = targets.bincount().double()
+    weights = (class_counts ** (power - 1))[targets]  # n^power for the class, 1/n for an image within it
+    return torch.multinomial(weights, len(targets), replacement=True, generator=generator)
+
+
+def epoch_draws(num_draws: int, seed: int, epoch: int) -> Tensor:
+    """Uniform numbers [num_draws, len(DRAWS)] in [0, 1): row i belongs to the i-th image that the epoch shows."""
+    return torch.rand(num_draws, len(DRAWS), generator=torch.Generator().manual_seed(_mixed(seed, epoch, 1)))
+
+
+def batch_bounds(num_images: int, batch_size: int, smallest: int = 2) -> list[tuple[int, int]]:
+    """[start, stop) of each batch. A last one of fewer than ``smallest`` images joins the one before it, because batch
+    normalisation of 1x1 maps refuses a single row."""
+    starts = list(range(0, num_images, batch_size))
+    if len(starts) > 1 and num_images - starts[-1] < smallest:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_images], strict=True))
+
+
+def _mixed(seed: int, epoch: int, stream: int) -> int:
+    """One 63-bit seed from three numbers. Multiples of odd constants, so that neighbours are far apart."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63

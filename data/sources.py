@@ -1,0 +1,109 @@
+"""The sources of `prepare_data.py`: each reads a folder and says what there is to draw from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.class_folders import Source, read_class_folders, refuse_unknown_classes
+from data.mini_imagenet import read_mini_imagenet
+from data.pickles import load_arrays
+from engine.errors import Refused
+
+
+def read_digits() -> Source:
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels and 17 grey levels, every pixel repeated 4 x 4 times."""
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    classes = {str(label): {} for label in range(10)}
+    for index, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+        classes[str(label)][f"{index:04d}.png"] = image
+    about = {"source": "scikit-learn's handwritten digits", "hflip": False}
+    profile = {"imb_type": "exp", "imb_factor": 20, "val_per_class": 20, "test_per_class": 30}
+    return Source({"train": classes}, about, profile)
+
+
+def read_folder(root: Path) -> Source:
+    splits = read_class_folders(root)
+    refuse_unknown_classes(splits, root)
+    return Source(splits, {"source": "class folders"}, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
+
+
+def read_cifar10(root: Path) -> Source:
+    return read_cifar(root, 10, "batches.meta", [f"data_batch_{k}" for k in range(1, 6)], "test_batch", "label")
+
+
+def read_cifar100(root: Path) -> Source:
+    return read_cifar(root, 100, "meta", ["train"], "test", "fine_label")
+
+
+def read_cifar(root: Path, num_classes: int, meta: str, train: list[str], test: str, label: str) -> Source:
+    """The official batches for Python, or class folders of the same images."""
+    if (root / meta).is_file():
+        names = class_names(root / meta, f"{label}_names".encode(), num_classes)
+        keys = f"{label}s".encode()
+        splits = {"train": read_batches([root / name for name in train], keys, names)}
+        splits["test"] = read_batches([root / test], keys, names)
+    else:
+        splits = read_class_folders(root)
+        refuse_unknown_classes(splits, root)
+        names = sorted(splits["train"])
+        if len(names) != num_classes:
+            raise Refused(f"{root} holds {len(names)} classes, CIFAR-{num_classes} has {num_classes}; see --source")
+    readable = {name: name.replace("_", " ") for name in names if "_" in name}
+    about = {"source": f"CIFAR-{num_classes}", "readable_names": readable, "hflip": True}
+    return Source(splits, about, {"imb_type": "exp", "imb_factor": 100})
+
+
+def class_names(path: Path, key: bytes, num_classes: int) -> list[str]:
+    meta = load_arrays(path)
+    names = meta.get(key) if isinstance(meta, dict) else None
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, bytes) for name in names):
+        raise Refused(f"{path} does not list {num_classes} names under {key.decode()}; get the original file")
+    return [name.decode() for name in names]
+
+
+def read_batches(paths: list[Path], key: bytes, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    classes = {name: {} for name in names}
+    for path in paths:
+        pixels, labels, files = read_batch(path, key, len(names))
+        for image, label, file in zip(pixels, labels, files, strict=True):
+            images = classes[names[label]]
+            stem = Path(file.decode()).stem
+            images[f"{stem}.png" if f"{stem}.png" not in images else f"{stem}_{len(images)}.png"] = image
+    return classes
+
+
+def read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, list[int], list[bytes]]:
+    """Pixels [N, 32, 32, 3], labels and file names of one batch file: a dictionary with byte keys."""
+    if not path.is_file():
+        raise Refused(f"{path} is missing; unpack the whole archive, or give the archive itself with --source")
+    batch = load_arrays(path)
+    pixels, labels, files = (batch.get(k) if isinstance(batch, dict) else None for k in (b"data", key, b"filenames"))
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.shape != (len(labels or []), 3 * 32 * 32)
+        or len(files or []) != len(pixels)
+        or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels)
+    ):
+        raise Refused(f"{path} does not hold data, {key.decode()} and filenames of one length; get the original file")
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, files
+
+
+class Kind(NamedTuple):
+    read: Callable[[Path, Path | None], Source]  # the source's folder, the ILSVRC folders
+    folder: str | None  # below data/; None: named like the source
+
+
+CIFAR_KINDS = ("cifar10", "cifar100")
+SOURCES = {
+    "digits": Kind(lambda root, ilsvrc: read_digits(), "digits"),
+    "cifar10": Kind(lambda root, ilsvrc: read_cifar10(root), "CIFAR10"),
+    "cifar100": Kind(lambda root, ilsvrc: read_cifar100(root), "CIFAR100"),
+    "mini-imagenet": Kind(read_mini_imagenet, "mini-ImageNet"),
+    "folder": Kind(lambda root, ilsvrc: read_folder(root), None),
+}

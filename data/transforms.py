@@ -1,0 +1,90 @@
+"""Augmentation as pure functions of images and of uniform draws, and the fixed view for evaluation.
+
+Each image has one row of `DRAWS` numbers in [0, 1) that says all that is random about it, so that a batch does not
+depend on who computes it: one process or many, in one run or resumed.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SMALL = 64  # px: up to here images are cropped with padding, above by random resized crops
+# one uniform number each: crop position, crop area and aspect ratio, mirroring, colour jitter
+DRAWS = ("top", "left", "area", "ratio", "flip", "brightness", "contrast", "saturation")
+TOP, LEFT, AREA, RATIO, FLIP, BRIGHTNESS, CONTRAST, SATURATION = range(len(DRAWS))
+JITTER = 0.4  # factors in [0.6, 1.4], as in the original suite
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def fixed_view(image: Image.Image, size: int) -> Image.Image:
+    """What evaluation sees: the centre square of the image, its short side resized.
+
+    Above 64 px the short side becomes 256/224 of ``size``, else ``size``; a small square of that size stays as it is.
+    """
+    short = round(size * 256 / 224) if size > SMALL else size
+    width, height = image.size
+    if min(width, height) != short:
+        factor = short / min(width, height)
+        width, height = max(size, round(width * factor)), max(size, round(height * factor))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(image: Image.Image, size: int, draws: list[float]) -> Image.Image:
+    """A crop of 8 to 100 % of the area and aspect ratio 3/4 to 4/3, no longer than a side, resized to ``size``."""
+    area, ratio = crop_shape(draws)
+    width = min(math.sqrt(area * ratio * image.width * image.height), image.width)
+    height = min(math.sqrt(area / ratio * image.width * image.height), image.height)
+    left, top = draws[LEFT] * (image.width - width), draws[TOP] * (image.height - height)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+
+
+def crop_shape(draws: list[float]) -> tuple[float, float]:
+    """Share of the image's area, uniform in [0.08, 1), and width / height, log-uniform in [3/4, 4/3)."""
+    return 0.08 + 0.92 * draws[AREA], (4 / 3) ** (2 * draws[RATIO] - 1)
+
+
+def smallest_useful_side(size: int, draws: list[float]) -> int:
+    """How many pixels a side must keep for `random_resized_crop` never to enlarge what the file has in full."""
+    area, ratio = crop_shape(draws)
+    return math.ceil(size / math.sqrt(area * min(ratio, 1 / ratio)))
+
+
+def padded_crop(images: Tensor, draws: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] shifted by up to an eighth of S each way, black where nothing is left."""
+    size = images.shape[-1]
+    margin = size // 8
+    offsets = (draws[:, [TOP, LEFT]] * (2 * margin + 1)).long()  # [B, 2] in 0..2 margin
+    pixels = torch.arange(size, device=images.device)
+    rows, columns = offsets[:, :1] + pixels, offsets[:, 1:] + pixels  # [B, S]
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channel = torch.arange(3, device=images.device)[:, None, None]
+    return F.pad(images, [margin] * 4)[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def mirrored(images: Tensor, draws: Tensor) -> Tensor:
+    """Half of the images flipped left to right."""
+    return torch.where((draws[:, FLIP] < 0.5)[:, None, None, None], images.flip(3), images)
+
+
+def colour_jitter(images: Tensor, draws: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of float images in [0, 1], in this order, each by its own factor."""
+    factors = 1 + JITTER * (2 * draws[:, [BRIGHTNESS, CONTRAST, SATURATION], None, None, None] - 1)  # [B, 3, 1, 1, 1]
+    images = (images * factors[:, 0]).clamp(0, 1)
+    images = torch.lerp(_grey(images).mean(dim=(1, 2, 3), keepdim=True), images, factors[:, 1]).clamp(0, 1)
+    return torch.lerp(_grey(images), images, factors[:, 2]).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = images.new_tensor((0.2989, 0.587, 0.114))[:, None, None]
+    return (images * weights).sum(dim=1, keepdim=True)
+
+
+def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Float images in [0, 1] minus mean, over standard deviation, by channel."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]

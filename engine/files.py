@@ -1,0 +1,82 @@
+"""Files that are whole or not there: written under a temporary name in the same folder, flushed, then renamed."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from engine.errors import Failed, Refused
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None], keep_previous: Path | None = None) -> None:
+    """Let ``write`` fill ``path``. What was there stays until the new content is safe on the disk, and then under the
+    name ``keep_previous`` if given. `Failed` when the disk is full or refuses."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous is not None and path.exists():
+            path.replace(keep_previous)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise Failed(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to ``path`` and wait until it is on the disk."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The object in ``path``, or ``default`` if one is given and there is no such file."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} is not JSON ({error}); mend it or remove it") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{path} holds no JSON object; mend it or remove it")
+    return content
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; `Failed` when another one does. The lock dies with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise Failed(f"cannot write to {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with worker processes
+        except (BlockingIOError, PermissionError):
+            raise Failed(f"another process is training in {folder}; wait for it or choose another --run_name") from None
+        yield

@@ -1,0 +1,68 @@
+"""The command line of every script: strict booleans, @file, one-line errors, defaults in --help."""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Callable
+
+SWITCH_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that takes no abbreviations, reads ``@file`` (flags with their values on a line,
+    ``#`` comments) and reports an error in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"in a file of flags, {error}: {arg_line.strip()}")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        try:
+            return super().parse_args(args, namespace)
+        except UnicodeDecodeError as error:
+            self.error(f"a file of flags is not UTF-8 text: {error}")
+        except RecursionError:
+            self.error("a file of flags names itself")
+
+    def error(self, message: str):
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def switch(word: str) -> bool:
+    """``True`` or ``False`` from the words people write; ``type=bool`` would read "False" as True."""
+    if word.lower() not in SWITCH_WORDS:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return SWITCH_WORDS[word.lower()]
+
+
+def add_switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, help: str) -> None:
+    """``--flag``, ``--flag True``, ``--flag false``, ``--flag 0``."""
+    group.add_argument(flag, type=switch, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
+
+def number_in(low: float, high: float = float("inf"), kind: type = float, open_low: bool = False) -> Callable:
+    """A converter for numbers of ``kind`` in [low, high], or in (low, high] with ``open_low``."""
+
+    def convert(word: str) -> float:
+        value = kind(word)
+        if not low <= value <= high or (open_low and value == low) or math.isinf(value):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
+                f", at most {high:g}" if high < float("inf") else ""
+            )
+            raise argparse.ArgumentTypeError(f"{word} is out of range: {bounds}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid float value"
+    return convert

@@ -1,0 +1,39 @@
+import signal
+
+import torch
+
+from engine import distributed
+from engine.console import say
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, so that the run can save at the end of a step. A second one kills at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = 0
+        self.former = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        self.received = number
+        for each in self.former:
+            signal.signal(each, signal.SIG_DFL)
+
+    def requested(self, step: int, check_every: int, device: torch.device) -> int:
+        """The signal that any process has received, or 0. Several processes ask each other every ``check_every``
+        steps only, because they must wait for the answer."""
+        if distributed.world_size() == 1:
+            return self.received
+        return 0 if step % check_every else int(distributed.largest(torch.tensor(self.received, device=device)))
+
+    def exit_if_received(self, where: str, device: torch.device) -> None:
+        """Leave with 128 + the signal's number, as a shell reports it; everything has been saved. All processes ask at
+        the same place and leave together."""
+        self.received = int(distributed.largest(torch.tensor(self.received, device=device)))
+        if self.received:
+            say(f"stopped by {signal.Signals(self.received).name} in {where}; saved, --resume goes on")
+            raise SystemExit(128 + self.received)

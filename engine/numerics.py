@@ -1,0 +1,62 @@
+"""Floating-point care: backbones may use half precision, heads and losses never do; a zero has no direction."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+AMP = ("auto", "off", "bf16", "fp16")
+
+
+def in_float32(forward: Callable) -> Callable:
+    """Wrap ``forward(self, x, ...)`` to leave autocast and to lift a half-precision ``x`` to float32.
+
+    bfloat16 cosines are 0.004 apart just below 1, so a margin or a logsumexp computed in them is blurred. A float64
+    ``x`` stays float64.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self, x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(self, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, *args, **kwargs)
+
+    return wrapped
+
+
+def inverse_norm(rows: Tensor) -> Tensor:
+    """``1 / |row|`` [B, 1] for rows [B, D]; 0 with gradient 0 for a zero row, which has no direction."""
+    return safe_reciprocal(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def safe_reciprocal(norms: Tensor) -> Tensor:
+    """``1 / norm``, and 0 with gradient 0 for a norm that is nothing but rounding."""
+    return torch.where(norms > 1e-12, norms, math.inf).reciprocal()
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that ``--amp`` means on ``device``; None is float32 throughout.
+
+    ``auto`` takes bfloat16 where the hardware multiplies it natively: Ampere GPUs and newer, CPUs with AMX or
+    AVX512-BF16.
+    """
+    if amp == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+    """Scales the loss for float16 gradients; otherwise by 1, and masks updates that are not finite all the same."""
+    if amp_dtype == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False

@@ -1,0 +1,107 @@
+"""What a run says of itself: args.json and the lines at its start."""
+
+import argparse
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from data.folders import ImageFolders, split_hash
+from data.loaders import Pixels
+from engine import files
+from engine.errors import Refused
+from engine.optim import center_lr_limit
+from engine.options import train_parser
+from losses import build_objective
+from models import LongTailClassifier
+from rsg import generates
+
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "safetensors")
+REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "mean", "std", "split_hash", "seed"}
+
+
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as JSON keeps them."""
+    return {flag: str(value) if isinstance(value, Path) else value for flag, value in vars(args).items()}
+
+
+def new_record(
+    args: argparse.Namespace,
+    folders: ImageFolders,
+    pixels: Pixels,
+    seed: int,
+    model: LongTailClassifier,
+    amp_dtype: torch.dtype | None,
+) -> dict:
+    """The content of args.json."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    generator = sum(size for name, size in sizes.items() if name.startswith("generator."))
+    return {
+        "flags": plain_flags(args),
+        "classes": folders.classes,
+        "class_counts": folders.class_counts,
+        "readable_names": folders.readable_names,
+        "img_size": pixels.size,
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "split_hash": split_hash(folders),
+        "parameters": sum(sizes.values()) - generator,
+        "generator_parameters": generator,
+        "objective": str(build_objective(args, folders.class_counts)),
+        "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        "device": str(next(model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "center_lr_limit": center_lr_limit(args, model, pixels.size) if args.add_rsg else None,
+        "commit": code_commit(),
+        "seed": seed,
+    }
+
+
+def read_record(folder: Path) -> dict:
+    """args.json of a run; flags that came after it have their defaults."""
+    record = files.read_json(folder / "args.json")
+    if missing := REQUIRED - record.keys():
+        raise Refused(f"{folder / 'args.json'} is no record of a run: it lacks {', '.join(sorted(missing))}")
+    record["flags"] = plain_flags(train_parser().parse_args([])) | record["flags"]
+    return record
+
+
+def code_commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-dirty" if changed else "")
+
+
+def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
+    """The lines at the start of a run."""
+    counts, flips = record["class_counts"], folders.flips if args.hflip is None else args.hflip
+    images = {name: len(split.paths) for name, split in folders.splits.items()}
+    data = (
+        f"data       {folders.root}: {len(counts)} classes of {max(counts)} to {min(counts)} training images "
+        f"(imbalance {max(counts) / min(counts):.4g}); {', '.join(f'{n} {name}' for name, n in images.items())}; "
+        f"{record['img_size']} px, {'mirrored at random' if flips else 'not mirrored'}; "
+        f"split {record['split_hash'][:12]}"
+    )
+    model = (
+        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']} on "
+        f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
+    )
+    lines = [data, model, f"objective  {record['objective']}"]
+    if args.drw_epoch is not None:
+        lines.append(f"           class weights from epoch {args.drw_epoch} on")
+    if args.add_rsg:
+        first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)
+        if record["center_lr_limit"] < args.lr:
+            lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")
+        when = f"generates from epoch {first} of {args.epochs} on" if first is not None else "never generates"
+        lines.append(f"rsg        {record['generator_parameters'] / 1e6:.2f} M parameters, in training only; {when}")
+    return "\n".join(lines)

@@ -1,0 +1,249 @@
+"""The run folder: what a run was told, what it did, its weights, and all that an exact resume needs."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from data.folders import SPLITS
+from data.loaders import Pixels
+from engine import distributed, files
+from engine.console import say
+from engine.errors import Failed, Refused
+from engine.record import plain_flags, read_record
+from engine.report import REPORT_FILES
+from engine.state import TrainingState
+from engine.train import NonFiniteLoss
+from models import LongTailClassifier, build_model
+
+MAY_CHANGE = {  # flags that a resumed run may give another value: they say where and how, not what
+    *("workers", "print_freq", "save_every_steps", "device", "resume", "overwrite"),
+    *("root_model", "root_log", "run_name"),
+}
+NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's words and order
+    "norm_out": "normout",
+    "add_rsg": "rsg",
+    "add_cross_entropy_loss": "ce",
+    "add_ldam_loss": "ldam",
+    "add_focal_loss": "focal",
+    "add_supcon_loss": "supcon",
+    "add_arc_margin_loss": "arcmar",
+    "add_add_margin_loss": "addmar",
+    "add_sphere_loss": "sphere",
+}
+RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
+REPORTS = [f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES]
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """``--run_name``, or one that says data, architecture and what is on, as the original suite does."""
+    if args.run_name:
+        if Path(args.run_name).name != args.run_name or args.run_name == "..":
+            raise Refused(f"--run_name {args.run_name} is no plain name; --root_model says where run folders lie")
+        return args.run_name
+    parts = ["ImageNet_LT", args.data_dir.absolute().name, args.arch]
+    parts += [part for flag, part in NAME_PARTS.items() if getattr(args, flag)]
+    others = [
+        flag for flag, value in vars(args).items() if flag.startswith("add_") and flag not in NAME_PARTS and value
+    ]
+    parts += [flag.removeprefix("add_").removesuffix("_loss") for flag in others]
+    return "_".join(parts + ([] if args.seed is None else [f"seed{args.seed}"]))
+
+
+class RunFolder:
+    """The folder of the run that the flags name. `record` is args.json of the run to go on with, None of a fresh one.
+
+    `Refused` when a run, or somebody's files, would be lost, or when the run to go on with was told something else.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.path = args.root_model / run_name(args)
+        self.events = args.root_log / run_name(args)  # for TensorBoard
+        self.had_run = (self.path / "args.json").exists()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.record = None
+        if self.had_run and (restarted or not args.overwrite):
+            if not args.resume and not restarted:
+                raise Refused(
+                    f"{self.path} already holds a run; --resume goes on with it, --overwrite replaces it, "
+                    f"--run_name names another"
+                )
+            self.record = read_record(self.path)
+            self._check_flags(args)
+        foreign = [name for name in RUN_FILES if (self.path / name).exists()]
+        if foreign and not self.had_run:
+            raise Refused(f"{self.path} holds {foreign[0]} but no args.json; move it away or choose another --run_name")
+
+    def check_unchanged(self) -> None:
+        """Called with the lock held: `Failed` when another process has begun a run here since this one looked."""
+        if (self.path / "args.json").exists() != self.had_run:
+            raise Failed(f"another process has begun a run in {self.path} meanwhile; give the command again")
+
+    def _check_flags(self, args: argparse.Namespace) -> None:
+        for flag, value in plain_flags(args).items():
+            recorded = self.record["flags"].get(flag)
+            if flag not in MAY_CHANGE and value != recorded:
+                raise Refused(
+                    f"{self.path} was started with --{flag} {recorded}, now it is {value}; give {recorded} to go on, "
+                    f"or another --run_name"
+                )
+
+    def check_same_data(self, record: dict) -> None:
+        if record["split_hash"] != self.record["split_hash"]:
+            raise Refused(
+                f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
+                f"(split {record['split_hash'][:12]}, recorded {self.record['split_hash'][:12]})"
+            )
+
+    def begin(self, record: dict, epoch: int, fresh: bool) -> None:
+        """Make the folder ready for ``epoch``: log rows that the saved state has not seen are dropped. A fresh start
+        removes what an earlier run and its tests wrote here."""
+        try:
+            self.writer = SummaryWriter(self.events, purge_step=epoch)
+        except OSError as error:
+            raise Failed(f"cannot write to {self.events}: {error.strerror}; --root_log says where events lie") from None
+        if fresh:
+            for path in [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]:
+                path.unlink()
+            files.write_json(self.path / "args.json", record)
+        rows = [row for row in read_log(self.path) if row["epoch"] < epoch]
+        content = "".join(f"{json.dumps(row)}\n" for row in rows)
+        files.write_atomically(self.path / "log.jsonl", lambda file: file.write(content.encode()))
+
+    def commit(self, state: TrainingState, row: dict, class_means: np.ndarray | None, finished: bool) -> None:
+        """End an epoch: log, weights, and last the state, which makes the rest count."""
+        score = row.get("val_balanced_accuracy")
+        is_best = score is not None and (state.best is None or score > state.best["val_balanced_accuracy"])
+        if is_best:
+            state.best = {"epoch": row["epoch"], "val_balanced_accuracy": score}
+        state.next_epoch()
+        state.finished = finished
+        if distributed.is_main():
+            say(summary_line(row, is_best))
+            files.append_line(self.path / "log.jsonl", json.dumps(row))
+            for key, value in row.items():
+                if key != "epoch":
+                    self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
+            for name in ("last", "best") if is_best else ("last",):
+                save_weights(self.path / f"{name}.safetensors", state.model, class_means, row["epoch"])
+        state.save(self.path)
+
+    def nonfinite(self, error: NonFiniteLoss, state: TrainingState, paths: list[Path]) -> Exception:
+        """Save what led to a loss that is not finite; what to raise about it."""
+        names = [str(paths[index]) for index in error.indices]
+        bad = [part for part, value in error.parts.items() if not math.isfinite(value)]
+        report = {"epoch": state.epoch, "step": error.step, "bad": bad, "parts": error.parts, "files": names}
+        reports = distributed.from_all(report)
+        report = next((each for each in reports if each["bad"]), reports[0])
+        state.save(self.path)
+        if distributed.is_main():
+            files.write_json(self.path / "nonfinite.json", report)
+        distributed.barrier()
+        if not distributed.is_main():  # the main process speaks for all
+            return SystemExit(Failed.exit_code)
+        return Failed(
+            f"{', '.join(report['bad']) or 'a gradient'} is not finite in epoch {state.epoch}, step {error.step}; its "
+            f"{len(report['files'])} images are listed in {self.path / 'nonfinite.json'} and the state before it is "
+            f"saved; try a lower --lr, or --clip_grad_norm"
+        )
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of log.jsonl; a last one that was only half written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["epoch"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise Refused(f"{path}, line {number}, is no row of a log; mend or remove the line") from None
+            return rows[: number - 1]
+    return rows
+
+
+def summary_line(row: dict, is_best: bool) -> str:
+    """The line of an epoch."""
+    parts = [f"epoch {row['epoch']:3d}", f"lr {row['lr']:.3g}"]
+    parts.append(f"train accuracy {row['train_accuracy']:6.1%}" if "train_accuracy" in row else "")
+    if "val_balanced_accuracy" in row:
+        groups = [f"{name} {row[f'val_{name}']:.1%}" for name in ("many", "medium", "few") if f"val_{name}" in row]
+        parts.append(
+            f"val balanced {row['val_balanced_accuracy']:6.1%} ({', '.join(groups)}){' *' if is_best else '  '}"
+        )
+    parts.append(f"{row['generated_rows']} rows generated" if row["generated_rows"] else "")
+    return "  ".join(part for part in [*parts, f"{row['seconds']:.1f} s"] if part)
+
+
+def save_weights(path: Path, model: nn.Module, class_means: np.ndarray | None, epoch: int) -> None:
+    """Weights for testing: everything but the generator, and the class means where they predict."""
+    tensors = {
+        name: value.contiguous() for name, value in model.state_dict().items() if name.split(".")[0] != "generator"
+    }
+    if class_means is not None:
+        tensors["class_means"] = torch.from_numpy(class_means)
+    content = safetensors.torch.save(tensors, metadata={"epoch": str(epoch)})
+    files.write_atomically(path, lambda file: file.write(content))
+
+
+def read_weights(folder: Path, weights: str) -> tuple[dict[str, Tensor], int]:
+    """Tensors of ``best`` or ``last`` and the epoch they are from."""
+    path = folder / f"{weights}.safetensors"
+    if not path.exists():
+        raise Refused(
+            f"{path} does not exist; has the run finished an epoch, and had it val/ images to choose the best?"
+        )
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["epoch"])  # noqa: SIM118
+    except Exception as error:  # SafetensorError is not public
+        raise Refused(f"{path} cannot be read: {error!r:.200}") from None
+
+
+def load_run(folder: Path | str, weights: str | None = None) -> tuple[LongTailClassifier, Pixels, list[str]]:
+    """The model of a run in evaluation mode, what turns an RGB PIL image into its input, and the class names.
+
+    ``weights`` is "best" or "last"; by default the best, or the last where nothing was selected.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    model = build_model(
+        argparse.Namespace(**record["flags"] | {"pretrained": False}), record["class_counts"], with_generator=False
+    )
+    tensors, _ = read_weights(folder, weights or default_weights(folder))
+    tensors.pop("class_means", None)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise Refused(
+            f"the weights in {folder} do not fit its args.json: {str(error).splitlines()[1].strip()}"
+        ) from None
+    return model.eval(), pixels_of(record), record["classes"]
+
+
+def find_run(name: str, root: Path) -> Path:
+    """The run folder at the path ``name``, or of that name below ``root``; `Refused` with those that there are."""
+    for folder in (Path(name), root / name):
+        if (folder / "args.json").is_file():
+            return folder
+    runs = sorted(path.parent.name for path in root.glob("*/args.json"))
+    there_are = f"runs in {root}: {', '.join(runs)}" if runs else f"there are no runs in {root}; train one first"
+    raise Refused(f"no run at {name} or {root / name}; {there_are}")
+
+
+def default_weights(folder: Path) -> str:
+    return "best" if (folder / "best.safetensors").exists() else "last"
+
+
+def pixels_of(record: dict) -> Pixels:
+    return Pixels(record["img_size"], tuple(record["mean"]), tuple(record["std"]))

@@ -1,0 +1,87 @@
+"""All that an exact resume needs, in ``state.pt``. The order of images and their draws follow from seed and epoch."""
+
+import io
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed, files
+from engine.console import warn
+from engine.errors import Refused
+
+
+@dataclass
+class TrainingState:
+    """Model, optimiser and scaler, and how far the run has come."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # in progress
+    step: int = 0  # batches done in it
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch in progress
+    seconds: float = 0.0  # spent training in it
+    best: dict | None = None  # {"epoch", "val_balanced_accuracy"}
+    finished: bool = False
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+
+    def start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Count the time since the clock was started, and start it again."""
+        self.seconds += time.perf_counter() - self._started
+        self.start_clock()
+
+    def save(self, folder: Path) -> None:
+        """Write ``state.pt``, the point from which a resumed run goes on; the one before is kept beside it.
+
+        The main process writes, and counts what all have done so far.
+        """
+        self.sums = {name: distributed.summed(value) * distributed.is_main() for name, value in self.sums.items()}
+        if not distributed.is_main():
+            return
+        content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        content |= {name: content[name].state_dict() for name in ("model", "optimizer", "scaler")}
+        buffer = io.BytesIO()  # torch.save tells no reason when a disk is full
+        torch.save(content, buffer)
+        previous = folder / "state.previous.pt"
+        files.write_atomically(folder / "state.pt", lambda file: file.write(buffer.getbuffer()), keep_previous=previous)
+
+    def load(self, content: dict) -> None:
+        """Take over what `save` wrote; `Refused` when it is of another model."""
+        try:
+            for entry in fields(self):
+                if entry.name in ("model", "optimizer", "scaler"):
+                    getattr(self, entry.name).load_state_dict(content[entry.name])
+                else:
+                    setattr(self, entry.name, content[entry.name])
+            self.sums = {name: value * distributed.is_main() for name, value in self.sums.items()}
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise Refused(f"the saved state is not of this model: {reason}; start again with --overwrite") from None
+
+
+def read_state(folder: Path, device: torch.device) -> dict | None:
+    """The newest readable state, with a warning about a newer one that is not; None when nothing has been saved.
+    Only tensors and plain values are loaded: no pickle is executed."""
+    trouble = None
+    for path in (folder / "state.pt", folder / "state.previous.pt"):
+        if path.exists():
+            try:
+                content = torch.load(path, map_location=device, weights_only=True)
+                if missing := {entry.name for entry in fields(TrainingState)} - set(content):
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+                if trouble:
+                    warn(f"{trouble}; going on from {path}")
+                return content
+            except Exception as error:  # truncated archives and foreign pickles share no base class
+                trouble = trouble or f"{path} cannot be used: {error!r:.200}"
+    if trouble:
+        raise Refused(f"{trouble}; there is no good one before it, start again with --overwrite")
+    return None

@@ -1,0 +1,132 @@
+"""One epoch of training."""
+
+import resource
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.loaders import Batch
+from engine import distributed
+from engine.errors import Failed
+from engine.guard import NonFiniteGuard, Trouble
+from engine.state import TrainingState
+from models.classifier import Output
+
+Sums = dict[str, Tensor]  # over the epoch so far, on the device
+
+
+def train_one_epoch(
+    forward: nn.Module,
+    objective: nn.Module,
+    state: TrainingState,
+    guard: NonFiniteGuard,
+    batches: Iterator[Batch],
+    num_steps: int,
+    amp_dtype: torch.dtype | None = None,
+    clip: Callable[[], None] = lambda: None,
+    save_due: Callable[[int], bool] = lambda step: False,
+    save: Callable[[], None] = lambda: None,
+    print_freq: int = 10,
+    text: str = "training",
+) -> None:
+    """Train on ``batches`` until ``state.step`` is ``num_steps``, and add what happened to ``state.sums``.
+
+    ``forward`` is the model, or the model wrapped for several processes. ``clip`` finds true gradients. ``save`` is
+    called after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
+    `NonFiniteGuard`.
+    """
+    forward.train()
+    recent = deque(maxlen=guard.accumulate_steps + 1)  # steps with the images of their batch and the sums before it
+    bar = tqdm(
+        range(state.step, num_steps), text, unit="batch", disable=None if distributed.is_main() else True, leave=False
+    )
+    for step, batch in zip(bar, batches, strict=False):
+        recent.append((step, batch.indices, state.sums))
+        first = step - step % guard.accumulate_steps
+        batches_of_update = min(guard.accumulate_steps, num_steps - first)
+        guard.before_forward(step)
+        with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
+            output = forward(batch.images, batch.targets)
+        loss, parts = objective(output, len(batch.images))
+        state.scaler.scale(guard.poisoned(loss) / batches_of_update).backward()
+        is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
+        if is_update:
+            update(state, clip)
+        state.sums = with_batch(state.sums, batch, output, loss.detach(), parts, guard.take_skipped())
+        state.step = step + 1
+        stop_if(guard.trouble_before(step, parts), guard, state, recent)
+        if is_update and save_due(state.step):
+            stop_if(guard.last_trouble(), guard, state, recent)
+            save()
+        if step % print_freq == 0:
+            bar.set_postfix(loss=f"{(state.sums['train_loss'] / state.sums['images']).item():.4g}")
+    stop_if(guard.last_trouble(), guard, state, recent)
+
+
+def update(state: TrainingState, clip: Callable[[], None]) -> None:
+    """One step of the optimiser. The scaler, which scales in float16 only, masks it if a gradient is not finite."""
+    state.scaler.unscale_(state.optimizer)
+    clip()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+
+
+def with_batch(
+    sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor
+) -> Sums:
+    """Losses weighted by the batch's images; hits of the main head, which has no margin, on images only."""
+    num_real = len(batch.images)
+    hits = (output.logits["main"][:num_real].detach().argmax(dim=1) == batch.targets).sum()
+    values = {"images": num_real, "train_loss": loss * num_real}
+    values |= {f"loss_{part}": value * num_real for part, value in parts.items()}
+    values |= {"train_accuracy": hits, "generated_rows": len(output.features) - num_real}
+    values["skipped_batches"] = skipped * distributed.is_main()  # all processes skip together
+    if "center_distance" in output.auxiliary:
+        values["rsg_center_distance"] = output.auxiliary["center_distance"] * num_real
+    return {name: sums.get(name, torch.zeros((), device=loss.device)) + value for name, value in values.items()}
+
+
+def epoch_row(state: TrainingState, views: int) -> dict[str, float]:
+    """What log.jsonl says of the epoch's training: means over the images, in all their views, of all processes."""
+    totals = distributed.summed(torch.stack(list(state.sums.values()))).tolist()
+    row = dict(zip(state.sums, totals, strict=True))
+    images, counts = row.pop("images"), {name: int(row.pop(name)) for name in ("generated_rows", "skipped_batches")}
+    if not state.model.heads["main"].weight.requires_grad:  # no loss trains it: its accuracy would mislead
+        del row["train_accuracy"]
+    return {name: total / images for name, total in row.items()} | {
+        **counts,
+        "seconds": state.seconds,
+        "images_per_second": images / views / state.seconds,
+        "peak_memory_bytes": peak_memory_bytes(next(state.model.parameters()).device),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the device's allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class NonFiniteLoss(Failed):
+    """A loss or gradient that is not finite. The state is as it was before the update it belongs to."""
+
+    def __init__(self, step: int, parts: dict[str, float], indices: list[int]):
+        self.step, self.parts, self.indices = step, parts, indices
+        super().__init__(f"the loss is not finite in step {step}: {parts}")
+
+
+def stop_if(trouble: Trouble | None, guard: NonFiniteGuard, state: TrainingState, recent: deque) -> None:
+    if trouble is None:
+        return
+    guard.restore(trouble.step)
+    before = {step: (indices, sums) for step, indices, sums in recent}
+    state.step = trouble.step - trouble.step % guard.accumulate_steps
+    state.sums = before[state.step][1]
+    raise NonFiniteLoss(trouble.step, trouble.parts, before[trouble.step][0].tolist())

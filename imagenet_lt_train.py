@@ -1,0 +1,158 @@
+"""Train an image classifier on long-tailed class folders; leaves a run folder in checkpoint/.
+
+python imagenet_lt_train.py --data_dir data/digits --epochs 60 --lr 0.05 --lr_schedule cosine --seed 0
+"""
+
+import argparse
+import contextlib
+import math
+import secrets
+
+import torch
+
+from data.build import build_pixels, build_training_loader, check_data, check_data_flags, sampler_of
+from data.folders import read_image_folders
+from data.loaders import TrainingLoader
+from engine import distributed, files
+from engine.console import say, warn
+from engine.errors import one_line_errors
+from engine.guard import NonFiniteGuard
+from engine.interrupt import StopSignal
+from engine.numerics import autocast_dtype, build_scaler
+from engine.optim import (
+    build_clip,
+    build_optimizer,
+    check_optimizer_flags,
+    learning_rate,
+    set_learning_rate,
+    steps_in_epoch,
+)
+from engine.options import check_run_flags, train_parser
+from engine.record import describe, new_record
+from engine.run import RunFolder, pixels_of
+from engine.selection import Selection, build_selection
+from engine.state import TrainingState, read_state
+from engine.train import NonFiniteLoss, epoch_row, train_one_epoch
+from losses import build_objective, check_loss_flags
+from models import build_model, check_model_flags, load_backbone_weights
+from rsg import check_rsg_flags, generates, unmoved_centers
+
+
+@one_line_errors
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = train_parser(__doc__).parse_args(argv)
+    check_optimizer_flags(args)
+    check_run_flags(args)
+    sampler = sampler_of(args, args.epochs - 1)
+    warnings = [*check_data_flags(args), *check_model_flags(args), *check_rsg_flags(args)]
+    for warning in [*warnings, *check_loss_flags(args, sampler)]:
+        warn(warning)
+    return args
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    device = distributed.start(args.device)
+    folders = read_image_folders(args.data_dir, args.list_dir)
+    check_data(args, folders)
+    run = RunFolder(args)
+    saved = read_state(run.path, device) if run.record else None
+    if saved and saved["finished"]:
+        say(f"{run.path} is finished; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+        return
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    seed = run.record["seed"] if run.record else distributed.from_main(seed)
+    pixels = pixels_of(run.record) if run.record else build_pixels(args, folders)
+    amp_dtype = autocast_dtype(args.amp, device)
+    training = distributed.together(lambda: build_training_loader(args, folders, pixels, seed, device))
+    selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
+
+    torch.manual_seed(seed)
+    model = build_model(args, folders.class_counts, with_generator=args.add_rsg)
+    if args.weights and not run.record:
+        for mismatch in load_backbone_weights(model.backbone, args.weights):
+            say(f"{args.weights}: {mismatch}")
+    model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
+    optimizer = build_optimizer(args, model, pixels.size)
+    state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
+    record = new_record(args, folders, pixels, seed, model, amp_dtype)
+    with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
+        run.check_unchanged()
+        saved = read_state(run.path, device) if run.record else None
+        if saved:
+            run.check_same_data(record)
+            state.load(saved)
+        if distributed.is_main():
+            run.begin(record, state.epoch, fresh=not saved)
+        say(describe(args, folders, record))
+        say(f"{'goes on' if saved else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
+        with StopSignal() as stop:
+            fit(args, run, state, training, selection, amp_dtype, stop)
+    say(f"done; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+    distributed.stop()
+
+
+def fit(
+    args: argparse.Namespace,
+    run: RunFolder,
+    state: TrainingState,
+    training: TrainingLoader,
+    selection: Selection,
+    amp_dtype: torch.dtype | None,
+    stop: StopSignal,
+) -> None:
+    """The epochs that are left: train, judge on val/, log, save."""
+    model, device = state.model, training.device
+    guard = NonFiniteGuard(model, state.optimizer, amp_dtype == torch.float16, args.accumulate_steps)
+    clip = build_clip(model, args.clip_grad_norm)
+    forward = phase = None
+
+    def save_due(step: int) -> bool:
+        updates = math.ceil(step / args.accumulate_steps)
+        scheduled = args.save_every_steps is not None and updates % args.save_every_steps == 0
+        return bool(stop.requested(step, args.print_freq, device)) or scheduled
+
+    def save() -> None:
+        state.stop_clock()
+        state.save(run.path)
+        stop.exit_if_received(f"epoch {state.epoch}, step {state.step}", device)
+
+    while not state.finished:
+        epoch = state.epoch
+        set_learning_rate(state.optimizer, learning_rate(args, epoch))
+        objective = build_objective(args, selection.class_counts, epoch).to(device)
+        if phase != (phase := model.start_phase(generates(args, epoch), *objective.trains())):
+            forward = distributed.data_parallel(model)
+        batches = training.epoch(epoch, sampler_of(args, epoch), state.step)
+        num_steps = steps_in_epoch(args, epoch, len(training))
+        state.start_clock()
+        try:
+            train_one_epoch(
+                forward,
+                objective,
+                state,
+                guard,
+                batches,
+                num_steps,
+                amp_dtype,
+                clip,
+                save_due,
+                save,
+                args.print_freq,
+                f"epoch {epoch}",
+            )
+        except NonFiniteLoss as error:
+            raise run.nonfinite(error, state, training.paths) from None
+        state.stop_clock()
+        distributed.share_buffers(model)
+        row, class_means = selection.judge(model)
+        row = {"epoch": epoch, "lr": learning_rate(args, epoch)} | epoch_row(state, args.supcon_views) | row
+        for warning in unmoved_centers(row):
+            warn(warning)
+        run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))
+        if not state.finished:
+            stop.exit_if_received(f"epoch {state.epoch}, step 0", device)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,153 @@
+"""Losses: ``(logits, targets)`` or ``(features, targets)`` to a scalar. No parameters, only buffers.
+
+A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.errors import Refused
+from engine.flags import add_switch, number_in
+from losses.class_weights import class_balanced_weights, inverse_frequency_weights
+from losses.cross_entropy import CrossEntropyLoss
+from losses.focal import FocalLoss
+from losses.ldam import LDAMLoss
+from losses.objective import HeadTerm, Objective
+from losses.supcon import SupConLoss
+from models.heads import margin_heads_on
+
+__all__ = [
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "LDAMLoss",
+    "Objective",
+    "SupConLoss",
+    "add_loss_flags",
+    "build_objective",
+    "class_balanced_weights",
+    "inverse_frequency_weights",
+]
+
+CLASSIFICATION_LOSSES = {  # name: (printed name, built from flags, class counts and class weights)
+    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight)),
+    "ldam": ("LDAM", lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight)),
+    "focal": ("focal", lambda args, class_counts, weight: FocalLoss(args.focal_gamma, weight)),
+}
+CLASS_WEIGHTS = {  # name: (printed name, built from flags and class counts)
+    "none": (None, lambda args, class_counts: None),
+    "cbl": ("CB", lambda args, class_counts: class_balanced_weights(class_counts, args.cbl_beta)),
+    "icf": ("ICF", lambda args, class_counts: inverse_frequency_weights(class_counts)),
+}
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("losses")
+    factor = number_in(0)
+    for name, (title, _) in CLASSIFICATION_LOSSES.items():
+        is_ldam = name == "ldam"
+        add_switch(group, f"--add_{name}_loss", is_ldam, f"{title} on every head")
+        group.add_argument(
+            f"--{name}_loss_weight", type=factor, default=0.1 if is_ldam else 1.0, metavar="W", help="factor"
+        )
+        group.add_argument(
+            f"--{name}_weight_type", choices=CLASS_WEIGHTS, default="icf" if is_ldam else "none", help="class weights"
+        )
+    group.add_argument("--cbl_beta", type=float, default=0.999, metavar="B", help="cbl weights: 0 makes them all 1")
+    group.add_argument("--ldam_max_margin", type=factor, default=0.3, metavar="M", help="LDAM: rarest class, a cosine")
+    group.add_argument("--focal_gamma", type=factor, default=2.0, metavar="G", help="focal: 0 is cross-entropy")
+    add_switch(group, "--add_supcon_loss", True, "SupCon on the pooled features")
+    group.add_argument("--supcon_loss_weight", type=factor, default=0.9, metavar="W", help="factor")
+    group.add_argument(
+        "--supcon_temperature", type=number_in(0, open_low=True), default=0.07, metavar="T", help="SupCon"
+    )
+    group.add_argument("--supcon_views", type=int, choices=(1, 2), default=1, help="augmented views of every image")
+    group.add_argument(
+        "--supcon_projection_dim",
+        type=number_in(0, kind=int),
+        default=0,
+        metavar="D",
+        help="SupCon sees a two-layer projection of this size instead of the features; 0: none",
+    )
+    group.add_argument(
+        "--supcon_generated",
+        choices=("all", "keys", "none"),
+        default="all",
+        help="generated rows in SupCon: anchors and keys; keys, without gradient for the generator; left out",
+    )
+    group.add_argument(
+        "--drw_epoch", type=number_in(0, kind=int), metavar="E", help="class weights are 1 before epoch E (DRW)"
+    )
+
+
+def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
+    """Warnings about doubtful combinations, also with the last epoch's ``sampler``; `Refused` when no loss is on."""
+    on = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
+    if not 0 <= args.cbl_beta < 1:
+        raise Refused(f"--cbl_beta {args.cbl_beta:g} is out of range: at least 0 and below 1")
+    factors = [getattr(args, f"{name}_loss_weight") for name in on]
+    factors += [args.supcon_loss_weight] if args.add_supcon_loss else []
+    if not any(factors) and (factors or not margin_heads_on(args)):
+        raise Refused("no loss is on with a weight above 0; add one, for example --add_cross_entropy_loss")
+    warnings = []
+    if predicts_by_class_means(args):
+        warnings.append(
+            "SupCon alone trains no classifier: validation and test predict with the nearest class mean (ncm)"
+        )
+    if args.add_ldam_loss and not args.norm_out:
+        warnings.append("LDAM on a Linear head: a margin on unbounded logits does next to nothing; use --norm_out True")
+    none = {"none"} | ({"cbl"} if args.cbl_beta == 0 else set())
+    weighted = [name for name in on if getattr(args, f"{name}_weight_type") not in none]
+    if weighted and sampler != "uniform":
+        flags = ", ".join(f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted)
+        warnings.append(f"corrected twice: the {sampler} sampler and {flags} both make up for rare classes")
+    return warnings
+
+
+def predicts_by_class_means(args: argparse.Namespace) -> bool:
+    """Whether no loss trains a classifier, so that the nearest class mean must predict."""
+    return not margin_heads_on(args) and not any(getattr(args, f"add_{name}_loss") for name in CLASSIFICATION_LOSSES)
+
+
+def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch: int | None = None) -> Objective:
+    """The objective in force in ``epoch`` (default: the last): before ``--drw_epoch`` all class weights are 1."""
+    deferred = epoch is not None and args.drw_epoch is not None and epoch < args.drw_epoch
+    heads = ["main", *margin_heads_on(args)]
+    names = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
+    if names:
+        head_terms = [
+            _head_term(args, name, head, class_counts, "none" if deferred else getattr(args, f"{name}_weight_type"))
+            for head in heads
+            for name in names
+        ]
+    elif len(heads) > 1:  # margin heads as their papers define them
+        head_terms = [
+            HeadTerm(f"cross_entropy_{head}", f"CE({_title(args, head)})", 1.0, head, CrossEntropyLoss())
+            for head in heads
+        ]
+    else:
+        head_terms = []
+    return Objective(
+        head_terms,
+        SupConLoss(args.supcon_temperature) if args.add_supcon_loss else None,
+        args.supcon_loss_weight,
+        args.supcon_generated,
+        "projections" if args.supcon_projection_dim else "features",
+        args.rsg_cesc_weight if args.add_rsg else 0.0,
+        args.rsg_mv_weight if args.add_rsg else 0.0,
+    )
+
+
+def _head_term(args: argparse.Namespace, name: str, head: str, class_counts: Sequence[int], weight_type: str):
+    title, build_loss = CLASSIFICATION_LOSSES[name]
+    weights_title, build_weights = CLASS_WEIGHTS[weight_type]
+    weight: Tensor | None = build_weights(args, class_counts)
+    text = f"{title}({_title(args, head)}{f'; {weights_title} weights' if weights_title else ''})"
+    return HeadTerm(
+        f"{name}_{head}", text, getattr(args, f"{name}_loss_weight"), head, build_loss(args, class_counts, weight)
+    )
+
+
+def _title(args: argparse.Namespace, head: str) -> str:
+    return ("normed" if args.norm_out else "linear") if head == "main" else head

@@ -1,0 +1,112 @@
+"""Models: backbone, heads and generator, built from flags. A new backbone is one line in `ARCHITECTURES`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from engine.errors import Refused
+from engine.flags import add_switch
+from models.backbones import Backbone, torchvision_resnet
+from models.classifier import LongTailClassifier, Output
+from models.heads import add_head_flags, build_heads
+from models.resnet_cifar import resnet_cifar
+from rsg import build_generator
+
+__all__ = ["ARCHITECTURES", "LongTailClassifier", "Output", "add_model_flags", "build_model", "load_backbone_weights"]
+
+ARCHITECTURES = {
+    "resnext50_32x4d": lambda args: torchvision_resnet("resnext50_32x4d", args.stem, args.pretrained),
+    "resnet50": lambda args: torchvision_resnet("resnet50", args.stem, args.pretrained),
+    "resnet18": lambda args: torchvision_resnet("resnet18", args.stem, args.pretrained),
+    "resnet32": lambda args: resnet_cifar(32, 16),
+    "resnet32_x4": lambda args: resnet_cifar(32, 64),
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-a", "--arch", choices=ARCHITECTURES, default="resnext50_32x4d", help="backbone")
+    group.add_argument(
+        "--stem",
+        choices=("imagenet", "small"),
+        default="imagenet",
+        help="first layers: 7x7 stride 2 and pooling, or 3x3 stride 1; resnet32 has its own",
+    )
+    add_switch(group, "--pretrained", False, "start from torchvision's weights, which it downloads")
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="start from this state dict (.safetensors, .pt, .pth)"
+    )
+    add_head_flags(parser)
+
+
+def check_model_flags(args: argparse.Namespace) -> list[str]:
+    """Warnings; `Refused` for starts that cannot be had."""
+    if args.pretrained and args.arch.startswith("resnet32"):
+        raise Refused(
+            f"--pretrained: torchvision has no weights for {args.arch}; leave it out or choose another --arch"
+        )
+    if args.pretrained and args.weights:
+        raise Refused("--pretrained and --weights both say where to start from; give one")
+    if args.pretrained and args.stem == "small":
+        return ["--stem small replaces the first layers: their pretrained weights are not used"]
+    return []
+
+
+def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_generator: bool) -> LongTailClassifier:
+    """The model that the flags describe. ``with_generator`` is for training; the generator is built last, so that
+    the other initial weights do not depend on it."""
+    backbone = ARCHITECTURES[args.arch](args)
+    width = backbone.num_features
+    heads = build_heads(args, width, len(class_counts))
+    projection = None
+    if args.supcon_projection_dim:
+        projection = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, args.supcon_projection_dim)
+        )
+    generator = build_generator(args, backbone.map_channels, class_counts) if with_generator else None
+    return LongTailClassifier(backbone, heads, projection, generator)
+
+
+def load_backbone_weights(backbone: Backbone, path: Path) -> list[str]:
+    """Copy a state dict in torchvision's names, or of a run of this suite, into the backbone; no pickle is executed.
+
+    Returns what did not match, in words; `Refused` when nothing did.
+    """
+    try:
+        state = (
+            safetensors.torch.load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # zip, pickle and safetensors errors share no base class
+        raise Refused(f"--weights {path} cannot be read as a state dict: {error!r:.200}") from None
+    if not isinstance(state, dict):
+        raise Refused(f"--weights {path} holds a {type(state).__name__}, not a state dict")
+    state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    state = {_bare_name(str(name)): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    own = {_bare_name(name): value for name, value in backbone.state_dict().items()}
+    matching = {name for name, value in own.items() if name in state and state[name].shape == value.shape}
+    if not matching:
+        raise Refused(f"--weights {path} has no tensor that fits this backbone; was it saved from another --arch?")
+    for name in matching:
+        own[name].copy_(state[name])
+    shapes = sorted(name for name in own.keys() & state.keys() if name not in matching)
+    return [
+        f"{title}: {', '.join(names)}"
+        for title, names in (
+            ("missing in the file", sorted(own.keys() - state.keys())),
+            ("not used", sorted(state.keys() - own.keys())),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+
+
+def _bare_name(name: str) -> str:
+    for prefix in ("module.", "backbone.", "lower.", "upper."):
+        name = name.removeprefix(prefix)
+    return name

@@ -1,0 +1,42 @@
+"""torchvision's residual networks, cut before their last stage, where the generator works."""
+
+from collections import OrderedDict
+
+import torchvision
+from torch import nn
+
+from engine.errors import Refused
+
+
+class Backbone(nn.Module):
+    """Two parts: ``lower`` takes images to maps [B, C, H, W], ``upper`` takes maps to pooled features [B, D].
+
+    ``map_channels`` is C, ``num_features`` is D.
+    """
+
+    def __init__(self, lower: nn.Module, upper: nn.Module, map_channels: int, num_features: int):
+        super().__init__()
+        self.lower, self.upper = lower, upper
+        self.map_channels, self.num_features = map_channels, num_features
+
+
+def torchvision_resnet(arch: str, stem: str = "imagenet", pretrained: bool = False) -> Backbone:
+    """torchvision's ``arch``, one of its ``resnet*`` or ``resnext*``; ``pretrained`` downloads its default weights.
+
+    The ``small`` stem keeps the resolution of small images: a 3x3 convolution with stride 1 and no pooling.
+    """
+    try:
+        resnet = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
+    except OSError as error:
+        raise Refused(
+            f"--pretrained: cannot download weights of {arch} ({error}); give a local file: --weights"
+        ) from None
+    if stem == "small":
+        resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+        resnet.maxpool = nn.Identity()
+    layers = OrderedDict(resnet.named_children())  # torchvision's names, so that its weights load as they are
+    num_features = layers.pop("fc").in_features
+    upper = OrderedDict((name, layers.pop(name)) for name in ("layer4", "avgpool"))
+    upper["flatten"] = nn.Flatten()
+    return Backbone(nn.Sequential(layers), nn.Sequential(upper), num_features // 2, num_features)

@@ -1,0 +1,86 @@
+__import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parents[1]))
+"""Write a long-tailed data set as class folders: data/<name>/{train,val,test}/<class>/<image>.
+
+    python scripts/prepare_data.py digits                      # 417 training images, 124 down to 6 a class; 2 seconds
+    python scripts/prepare_data.py cifar10 --source cifar-10-python.tar.gz --imb_factor 100
+    python scripts/prepare_data.py folder --source photos      # about 70 % train, 10 % val, 20 % test of every class
+
+The same command draws the same images anywhere; the split hash that it prints shows it. Run again, it changes nothing;
+killed, it leaves nothing that looks whole.
+"""
+
+from pathlib import Path
+
+from data.archives import unpacked
+from data.downloads import download_cifar
+from data.long_tail import IMBALANCES, Profile, draw, resolved_class_order
+from data.preparation import publish, refuse_foreign_output, scratch_folder
+from data.sources import CIFAR_KINDS, SOURCES
+from engine.errors import Refused, one_line_errors
+from engine.flags import Parser, add_switch, number_in
+
+DRAW_FLAGS = ("imb_type", "imb_factor", "val_per_class", "test_per_class", "val_fraction", "test_fraction")
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = Parser("Write a long-tailed data set as class folders with a frozen, hashed split.")
+    group = parser.add_argument_group("source")
+    add = group.add_argument
+    add("kind", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
+    add("--source", type=Path, metavar="PATH", help="folder to read, or tar or zip archive of it")
+    add_switch(group, "--download", default=False, help="fetch the official CIFAR archive into data/downloads")
+    add("--ilsvrc", type=Path, metavar="DIR", help="ILSVRC-2012 training folders that mini-ImageNet's lists point to")
+    group = parser.add_argument_group("draw (where none is given, the source's own default)")
+    add = group.add_argument
+    add("--imb_type", choices=IMBALANCES, help="shape of the class sizes; balanced sources: exp, others: none")
+    add("--imb_factor", type=number_in(1), metavar="R", help="largest / smallest class; digits: 20, others: 100")
+    add("--class_order", default="index", metavar="index|random|FILE", help="largest class first; FILE: one a line")
+    add("--val_per_class", type=number_in(0, kind=int), metavar="N", help="images of every class in val; digits: 20")
+    add("--test_per_class", type=number_in(0, kind=int), metavar="N", help="images of every class in test; digits: 30")
+    add("--val_fraction", type=number_in(0, 1), metavar="F", help="share of every class in val; folder: 0.1")
+    add("--test_fraction", type=number_in(0, 1), metavar="F", help="share of every class in test; folder: 0.2")
+    add("--data_seed", type=int, default=0, metavar="S", help="seed of the draw")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="DIR", help="folder to write; data/<name of the data set>")
+    add_switch(group, "--link", default=False, help="hard links in place of copies of image files")
+    add_switch(group, "--overwrite", default=False, help="replace a folder that holds something else")
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(args) -> None:
+    path = source_path(args)
+    output = args.output or Path("data") / (SOURCES[args.kind].folder or path.resolve().name.split(".")[0])
+    refuse_foreign_output(output, path)
+    with scratch_folder(output) as scratch:
+        source = SOURCES[args.kind].read(unpacked(path, scratch / "unpacked"), args.ilsvrc)
+        profile = drawing_profile(args, source.profile, sorted(source.splits["train"]))
+        print(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
+
+
+def source_path(args) -> Path | None:
+    """What is to be read; `Refused` when the flags do not fit the kind of source."""
+    if args.kind == "digits":
+        if args.source or args.download:
+            raise Refused("digits ship with scikit-learn: leave out --source and --download")
+        return None
+    if args.download:
+        if args.source or args.kind not in CIFAR_KINDS:
+            raise Refused("--download goes with cifar10 or cifar100 and without --source")
+        return download_cifar(args.kind, Path("data/downloads"))
+    if args.source is None:
+        also = " or --download" if args.kind in CIFAR_KINDS else ""
+        raise Refused(f"{args.kind} needs --source PATH{also}")
+    if not args.source.exists():
+        raise Refused(f"--source {args.source} does not exist")
+    return args.source
+
+
+def drawing_profile(args, defaults: dict, classes: list[str]) -> Profile:
+    given = {flag: getattr(args, flag) for flag in DRAW_FLAGS if getattr(args, flag) is not None}
+    order = resolved_class_order(args.class_order, classes, args.data_seed)
+    return Profile(**{**defaults, **given}, class_order=order, data_seed=args.data_seed)
+
+
+if __name__ == "__main__":
+    main(parse_args())

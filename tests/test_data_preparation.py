@@ -1,0 +1,208 @@
+"""A prepared folder is whole or not there, whatever happens in between, and the same command always gives the same."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.folders import read_image_folders, split_hash
+from data.images import read_image
+from scripts.prepare_data import main, parse_args
+
+ROOT = Path(__file__).parents[1]
+
+
+def prepare(*words) -> None:
+    main(parse_args([str(word) for word in words]))
+
+
+def error_of(capsys, *words, code: int = 2) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        prepare(*words)
+    error = capsys.readouterr().err
+    assert exit_.value.code == code
+    assert error.count("\n") == 1
+    return error
+
+
+def snapshot(folder: Path) -> dict:
+    """Every file below ``folder`` with its content and time."""
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three classes of 60 small images."""
+    for shade, name in enumerate("abc"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(60):
+            Image.new("RGB", (4, 4), (shade, index, 0)).save(tmp_path / "photos" / name / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def test_digits_land_in_data_digits_with_the_shipped_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare("digits")
+    folders = read_image_folders(Path("data/digits"))
+    assert folders.class_counts == [124, 88, 63, 45, 32, 23, 16, 12, 8, 6]
+    assert [len(folders.splits[split].paths) for split in ("val", "test")] == [200, 300]
+    assert read_image(folders.splits["train"].paths[0]).size == (32, 32)
+    assert not folders.flips
+    assert Path("data/digits/split.json").read_text() == (ROOT / "data/splits/digits.json").read_text()
+    assert "train 417 images of 10 classes (124, 88, 63, 45, 32, 23, 16, 12, 8, 6)" in capsys.readouterr().out
+
+
+def test_the_recorded_hash_is_that_of_the_files(tmp_path, photos):
+    prepare("folder", "--source", photos, "--output", tmp_path / "out")
+    recorded = split_hash(read_image_folders(tmp_path / "out"))
+    (tmp_path / "out/split.json").unlink()
+    assert split_hash(read_image_folders(tmp_path / "out")) == recorded
+
+
+def test_the_record_says_seed_profile_and_counts(tmp_path, photos):
+    draw = ["--imb_type", "step", "--imb_factor", 9, "--val_per_class", 3, "--test_per_class", 3, "--data_seed", 5]
+    prepare("folder", "--source", photos, "--output", tmp_path / "out", *draw)
+    record = json.loads((tmp_path / "out/split.json").read_text())
+    assert record["seed"] == 5
+    assert (record["profile"]["imb_type"], record["profile"]["imb_factor"]) == ("step", 9)
+    assert record["counts"] == {"train": {"a": 54, "b": 54, "c": 6}, "val": dict.fromkeys("abc", 3),
+                                "test": dict.fromkeys("abc", 3)}  # fmt: skip
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_a_second_run_changes_nothing(tmp_path, photos, capsys):
+    prepare("folder", "--source", photos, "--output", tmp_path / "out")
+    before = snapshot(tmp_path)
+    prepare("folder", "--source", photos, "--output", tmp_path / "out")
+    assert snapshot(tmp_path) == before
+    assert "is prepared already" in capsys.readouterr().out
+
+
+def test_another_draw_is_refused_until_overwrite_is_said(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    before = snapshot(tmp_path)
+    assert "--overwrite" in error_of(capsys, *words, "--data_seed", 1)
+    assert snapshot(tmp_path) == before
+    prepare(*words, "--data_seed", 1, "--overwrite")
+    assert json.loads((tmp_path / "out/split.json").read_text())["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_a_missing_image_is_noticed_and_overwrite_brings_it_back(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    before = (tmp_path / "out/split.json").read_text()
+    path = next((tmp_path / "out/test/c").iterdir())
+    path.unlink()
+    assert "something else" in error_of(capsys, *words)
+    prepare(*words, "--overwrite")
+    assert path.exists()
+    assert (tmp_path / "out/split.json").read_text() == before
+
+
+def test_changed_source_images_are_noticed(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    (photos / "a/0.png").write_bytes((photos / "a/1.png").read_bytes())
+    assert "something else" in error_of(capsys, *words)
+
+
+def test_a_folder_that_was_not_prepared_is_never_touched(tmp_path, photos, capsys):
+    (tmp_path / "mine/train").mkdir(parents=True)
+    (tmp_path / "mine/train/diary.txt").write_text("mine")
+    assert "--overwrite" in error_of(capsys, "folder", "--source", photos, "--output", tmp_path / "mine")
+    assert (tmp_path / "mine/train/diary.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("output", ["photos", "photos/a", "."])
+def test_the_source_is_never_written_into(tmp_path, photos, capsys, output):
+    words = ["folder", "--source", photos, "--output", tmp_path / output, "--overwrite"]
+    assert "inside each other" in error_of(capsys, *words)
+    assert len(snapshot(photos)) == 180
+
+
+def test_links_share_the_bytes_and_give_the_same_hash(tmp_path, photos):
+    prepare("folder", "--source", photos, "--output", tmp_path / "copied")
+    prepare("folder", "--source", photos, "--output", tmp_path / "linked", "--link")
+    path = next((tmp_path / "linked/train/a").iterdir())
+    assert path.samefile(photos / "a" / path.name)
+    copied, linked = ((tmp_path / name / "split.json").read_text() for name in ("copied", "linked"))
+    assert copied == linked
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path, photos, capsys):
+    (tmp_path / ".out.part").mkdir()
+    lock = os.open(tmp_path / ".out.part", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)  # the weakest lock that an exclusive one must wait for
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    assert "another process" in error_of(capsys, *words, code=1)
+    os.close(lock)
+    prepare(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_a_run_killed_between_its_two_renames_gives_the_old_folder_back(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    (tmp_path / ".out.part/new").mkdir(parents=True)
+    (tmp_path / "out").rename(tmp_path / ".out.part/old")
+    prepare(*words)
+    assert "prepared already" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.8, 0.95])
+def test_a_run_killed_at_any_moment_completes_when_run_again(tmp_path, photos, fraction):
+    for index in range(60, 1500):
+        os.link(photos / "a/0.png", photos / f"a/{index}.png")
+    words = [sys.executable, ROOT / "scripts/prepare_data.py", "folder", "--source", photos, "--output"]
+    words = [str(word) for word in words]
+    begin = time.monotonic()
+    subprocess.run([*words, str(tmp_path / "undisturbed")], check=True, capture_output=True)
+    seconds = time.monotonic() - begin
+
+    killed = subprocess.Popen([*words, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(fraction * seconds)
+    killed.kill()
+    killed.wait()
+    if (tmp_path / "out").exists():  # whole, or not there
+        assert len(snapshot(tmp_path / "out")) == 1622
+    subprocess.run([*words, str(tmp_path / "out")], check=True, capture_output=True)
+    records = [(tmp_path / name / "split.json").read_text() for name in ("out", "undisturbed")]
+    assert records[0] == records[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos", "undisturbed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cifar10"], "needs --source PATH or --download"),
+        (["folder"], "folder needs --source"),
+        (["folder", "--source", "nowhere"], "nowhere does not exist"),
+        (["digits", "--source", "x"], "leave out --source"),
+        (["folder", "--download"], "--download goes with cifar10 or cifar100"),
+        (["digits", "--class_order", "nowhere"], "--class_order nowhere"),
+        (["digits", "--test_per_class", "200"], "too few for 20 in val, 200 in test"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, *words)
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, photos, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in error_of(capsys, "folder", "--source", photos, "--output", tmp_path / "file/out", code=1)

@@ -1,0 +1,127 @@
+"""Several processes on a CPU (gloo) compute what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from engine import distributed
+from losses import CrossEntropyLoss, FocalLoss, LDAMLoss, SupConLoss, inverse_frequency_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = [40, 12, 3]
+STEPS, ROWS = 20, 10
+LOSSES = {
+    "cross_entropy": CrossEntropyLoss(),
+    "weighted_ldam": LDAMLoss(COUNTS, weight=inverse_frequency_weights(COUNTS)),
+    "focal": FocalLoss(weight=inverse_frequency_weights(COUNTS)),
+    "supcon": SupConLoss(),
+}
+
+
+def network() -> nn.Module:
+    """Batch normalisation would see each process's rows only; there is none."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.tensor([0.7, 0.2, 0.1])
+    return [
+        (torch.randn(ROWS, 6, generator=generator), torch.multinomial(weights, ROWS, True, generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def history(loss_name: str, rank: int, world: int) -> list[tuple[float, list[torch.Tensor]]]:
+    """Loss and gradients of each step; the first process gets 7 of 10 rows, the second 3."""
+    model = network()
+    forward = distributed.data_parallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rows = slice(None) if world == 1 else (slice(0, 7), slice(7, ROWS))[rank]
+    out = []
+    for features, targets in batches():
+        loss = LOSSES[loss_name](forward(features[rows]), targets[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        value = distributed.summed(loss).item() / world
+        out.append((value, [parameter.grad.clone() for parameter in model.parameters()]))
+    return out
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    results = {name: history(name, rank, world) for name in LOSSES}
+    results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(_worker, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_processes_with_uneven_rows_equal_one(two_processes, name):
+    for (value, gradients), (value_of_two, gradients_of_two) in zip(
+        history(name, 0, 1), two_processes[0][name], strict=True
+    ):
+        assert value_of_two == pytest.approx(value, rel=1e-6, abs=1e-6)
+        for gradient, gradient_of_two in zip(gradients, gradients_of_two, strict=True):
+            torch.testing.assert_close(gradient_of_two, gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_both_processes_have_the_same_gradients(two_processes, name):
+    for (_, first), (_, second) in zip(two_processes[0][name], two_processes[1][name], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_gathered_rows_begin_with_the_own_ones(two_processes):
+    assert two_processes[0]["gathered"].tolist() == [0, 1, 10, 11, 12]
+    assert two_processes[1]["gathered"].tolist() == [10, 11, 12, 0, 1]
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image_once(tmp_path, tiny_dataset):
+    flags = ["--data_dir", str(tiny_dataset), "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
+    flags += ["--arch", "resnet32", "--epochs", "13", "--batch_size", "4", "--epoch_thresh", "6", "--run_name", "two"]
+    flags += ["--device", "cpu", "--lr", "0.01", "--add_arc_margin_loss", "--supcon_generated", "keys"]
+    result = torchrun(2, "imagenet_lt_train.py", *flags)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 13  # of 4 steps each
+    assert sum(row["generated_rows"] for row in rows[:7]) == 0
+    assert sum(row["generated_rows"] for row in rows[7:]) > 0
+    assert result.stdout.count("epoch  12") == 1
+    # 9 images of val in 3 classes: balanced accuracy is a multiple of 1/9 only if each is counted once
+    for row in rows:
+        assert (9 * row["val_balanced_accuracy"]) == pytest.approx(round(9 * row["val_balanced_accuracy"]), abs=1e-9)
+
+
+def test_a_refusal_under_torchrun_is_one_line(tmp_path):
+    result = torchrun(2, "imagenet_lt_train.py", "--data_dir", str(tmp_path / "nowhere"), "--device", "cpu")
+    assert result.returncode == 1  # the launcher's; it prints a report of its own behind our line
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "does not exist" in lines[0]

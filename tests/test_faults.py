@@ -1,0 +1,102 @@
+"""What goes wrong during a run ends with one line and exit code 1, and the run can go on."""
+
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import imagenet_lt_train
+from engine.state import read_state
+
+ROOT = Path(__file__).resolve().parents[1]
+FROM_FILES = ["--img_size", "72", "--cache_limit", "0", "--workers", "1", "--epochs", "1000"]
+
+
+def flags_for(folder: Path, data: Path, *more: str) -> list[str]:
+    base = ["--data_dir", str(data), "--root_model", str(folder), "--root_log", str(folder / "log")]
+    return [*base, "--arch", "resnet32", "--batch_size", "4", "--seed", "0", "--run_name", "run", *more]
+
+
+def train(folder: Path, data: Path, *more: str) -> None:
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags_for(folder, data, *more)))
+
+
+def when(condition, action) -> threading.Thread:
+    """A thread that acts as soon as the condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def failure(capsys, call) -> str:
+    """The one line on stderr of a call that exits with 1."""
+    with pytest.raises(SystemExit) as error:
+        call()
+    assert error.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def has_saved(folder: Path) -> bool:
+    return (folder / "run" / "state.pt").exists()
+
+
+def test_a_file_deleted_during_training_is_named(tmp_path, tiny_dataset, capsys):
+    victim = tiny_dataset / "train" / "common" / "train_1.png"
+    thread = when(lambda: has_saved(tmp_path), victim.unlink)
+    line = failure(capsys, lambda: train(tmp_path, tiny_dataset, *FROM_FILES))
+    thread.join()
+    assert str(victim) in line
+    assert read_state(tmp_path / "run", "cpu")["epoch"] >= 1
+
+
+def test_a_killed_worker_is_reported(tmp_path, tiny_dataset, capsys):
+    thread = when(
+        lambda: has_saved(tmp_path) and multiprocessing.active_children(),
+        lambda: multiprocessing.active_children()[0].kill(),
+    )
+    line = failure(capsys, lambda: train(tmp_path, tiny_dataset, *FROM_FILES))
+    thread.join()
+    assert "a data worker died" in line
+    assert read_state(tmp_path / "run", "cpu")["epoch"] >= 1
+
+
+def limited(flags: list[str], file_size: int) -> subprocess.CompletedProcess:
+    """The train script where no file can grow beyond ``file_size`` bytes, as on a disk that is full."""
+    return subprocess.run(
+        [sys.executable, "imagenet_lt_train.py", *flags],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size)),
+    )
+
+
+def test_a_disk_that_is_full_leaves_the_last_good_state(tmp_path, tiny_dataset):
+    train(tmp_path, tiny_dataset, "--epochs", "3")
+    run = tmp_path / "run"
+    weights = (run / "last.safetensors").read_bytes()
+    (run / "state.previous.pt").replace(run / "state.pt")
+    result = limited(flags_for(tmp_path, tiny_dataset, "--epochs", "3", "--resume"), 3_000_000)  # a state has 9 MB
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: cannot write {run / 'state.pt'}: File too large")
+    assert not list(run.glob(".*.tmp"))
+    train(tmp_path, tiny_dataset, "--epochs", "3", "--resume")
+    assert (run / "last.safetensors").read_bytes() == weights
+    assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 1, 2]

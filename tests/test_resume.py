@@ -1,0 +1,268 @@
+"""A run that is interrupted ends in the same bits as one that is not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import imagenet_lt_train
+from engine.state import TrainingState, read_state
+
+ROOT = Path(__file__).resolve().parents[1]
+SWITCHES = ["--drw_epoch", "1", "--drs_epoch", "2", "--epoch_thresh", "0", "--add_sphere_loss"]
+
+
+def flags_for(folder: Path, data: Path, *more: str) -> list[str]:
+    return [
+        *("--data_dir", str(data), "--root_model", str(folder), "--root_log", str(folder / "log"), "--run_name", "run"),
+        *("--arch", "resnet32", "--epochs", "3", "--batch_size", "4", "--lr", "0.02", "--seed", "0", *SWITCHES, *more),
+    ]
+
+
+def train(folder: Path, data: Path, *more: str) -> Path:
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags_for(folder, data, *more)))
+    return folder / "run"
+
+
+def log_of(run: Path) -> list[dict]:
+    """The rows without what a clock or the operating system says."""
+    measured = {"seconds", "images_per_second", "peak_memory_bytes"}
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert (run / "last.safetensors").read_bytes() == (other / "last.safetensors").read_bytes()
+    assert (run / "best.safetensors").read_bytes() == (other / "best.safetensors").read_bytes()
+    assert log_of(run) == log_of(other)
+    states = [torch.load(path / "state.pt", weights_only=True) for path in (run, other)]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+
+
+@pytest.mark.parametrize("more", [[], ["--save_every_steps", "1"], ["--accumulate_steps", "2"]])
+def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, more):
+    """The state before the last save is put back, as after a kill: between epochs, or inside one."""
+    whole = train(tmp_path / "whole", tiny_dataset, *more)
+    resumed = tmp_path / "resumed" / "run"
+    shutil.copytree(whole, resumed)
+    (resumed / "state.previous.pt").replace(resumed / "state.pt")
+    (resumed / "last.safetensors").unlink()
+    train(tmp_path / "resumed", tiny_dataset, *more, "--resume")
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, signal_number):
+    whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1")
+    command = [sys.executable, "imagenet_lt_train.py", *flags_for(tmp_path / "stopped", tiny_dataset, "--workers", "1")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    log = tmp_path / "stopped" / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal_number
+    assert f"stopped by {signal_number.name}" in output
+    train(tmp_path / "stopped", tiny_dataset, "--workers", "1", "--resume")
+    assert_same(whole, tmp_path / "stopped" / "run")
+
+
+def test_resume_starts_a_run_that_is_not_there_and_leaves_a_finished_one_alone(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset, "--resume")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    train(tmp_path, tiny_dataset, "--resume")
+    assert "is finished" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_resume_refuses_another_flag_and_names_both_values(tmp_path, tiny_dataset, capsys):
+    train(tmp_path, tiny_dataset)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--resume", "--lr", "0.5")
+    line = capsys.readouterr().err
+    assert error.value.code == 2
+    assert "0.02" in line
+    assert "0.5" in line
+
+
+def test_resume_may_change_workers(tmp_path, tiny_dataset, capsys):
+    train(tmp_path, tiny_dataset)
+    train(tmp_path, tiny_dataset, "--resume", "--workers", "2", "--print_freq", "3")
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_resume_refuses_other_images(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    (run / "state.previous.pt").replace(run / "state.pt")
+    next((tiny_dataset / "train" / "common").iterdir()).unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--resume")
+    assert error.value.code == 2
+    assert "images" in capsys.readouterr().err
+
+
+def test_a_drawn_seed_is_recorded_and_kept(tmp_path, tiny_dataset):
+    flags = flags_for(tmp_path, tiny_dataset)
+    del flags[flags.index("--seed") : flags.index("--seed") + 2]
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags))
+    run = tmp_path / "run"
+    drawn, weights = json.loads((run / "args.json").read_text())["seed"], (run / "last.safetensors").read_bytes()
+    (run / "state.previous.pt").replace(run / "state.pt")
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, "--resume"]))
+    assert json.loads((run / "args.json").read_text())["seed"] == drawn
+    assert (run / "last.safetensors").read_bytes() == weights
+
+
+# --- files that went bad
+
+
+class Bomb:
+    """What a malicious state file would run."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_a_truncated_state_is_named_and_the_one_before_is_used(tmp_path, tiny_dataset, capsys):
+    whole = train(tmp_path / "whole", tiny_dataset)
+    broken = tmp_path / "broken" / "run"
+    shutil.copytree(whole, broken)
+    content = (broken / "state.pt").read_bytes()
+    (broken / "state.pt").write_bytes(content[: len(content) // 2])
+    train(tmp_path / "broken", tiny_dataset, "--resume")
+    assert f"{broken / 'state.pt'} cannot be used" in capsys.readouterr().err
+    assert_same(whole, broken)
+
+
+def test_a_pickle_bomb_does_not_go_off(tmp_path, capsys):
+    torch.save({"model": Bomb(tmp_path / "exploded")}, tmp_path / "state.pt")
+    whole = {entry.name: 1 for entry in fields(TrainingState)}
+    torch.save(whole, tmp_path / "state.previous.pt")
+    assert read_state(tmp_path, torch.device("cpu")) == whole
+    assert "cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_state_of_another_architecture_is_refused(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path / "a", tiny_dataset)
+    other = train(tmp_path / "b", tiny_dataset, "--norm_out", "False")
+    shutil.copy(other / "state.previous.pt", run / "state.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path / "a", tiny_dataset, "--resume")
+    assert error.value.code == 2
+    assert "heads.main.bias" in capsys.readouterr().err
+
+
+def test_a_non_finite_loss_keeps_the_model_of_the_step_before(tmp_path, tiny_dataset, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--lr", "1e6")
+    assert error.value.code == 1
+    run = tmp_path / "run"
+    report = json.loads((run / "nonfinite.json").read_text())
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"epoch {report['epoch']}, step {report['step']}" in line
+    assert all(Path(name).exists() for name in report["files"])
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert (state["epoch"], state["step"]) == (report["epoch"], report["step"])
+
+
+HOLD = (
+    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
+
+
+def test_two_runs_in_one_folder_do_not_mix(tmp_path, tiny_dataset, capsys):
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as error:
+            train(tmp_path, tiny_dataset)
+        holder.communicate("\n")
+    assert error.value.code == 1
+    assert "another process is training" in capsys.readouterr().err
+
+
+def test_files_of_somebody_else_are_not_touched(tmp_path, tiny_dataset, capsys):
+    mine = tmp_path / "run" / "log.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("my own log")
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset)
+    assert error.value.code == 2
+    assert "log.jsonl" in capsys.readouterr().err
+    assert mine.read_text() == "my own log"
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "."])
+def test_a_run_name_is_a_plain_name(name, tmp_path, tiny_dataset, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--run_name", name)
+    assert error.value.code == 2
+    assert "plain name" in capsys.readouterr().err
+
+
+def test_an_elastic_restart_goes_on_even_with_overwrite(tmp_path, tiny_dataset, monkeypatch, capsys):
+    train(tmp_path, tiny_dataset, "--overwrite")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(tmp_path, tiny_dataset, "--overwrite")
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"epoch": 1}, torch.zeros(3), "text", [1]])
+def test_a_foreign_state_is_named(content, tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    for name in ("state.pt", "state.previous.pt"):
+        torch.save(content, run / name)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--resume")
+    assert error.value.code == 2
+    assert f"{run / 'state.pt'} cannot be used" in capsys.readouterr().err
+
+
+def test_a_broken_line_of_the_log_is_named(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    lines = (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("\n".join([lines[0], "{broken", lines[2]]))
+    (run / "state.previous.pt").replace(run / "state.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--resume")
+    assert error.value.code == 2
+    assert "log.jsonl, line 2" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_flag_was_added_goes_on(tmp_path, tiny_dataset):
+    run = train(tmp_path, tiny_dataset)
+    record = json.loads((run / "args.json").read_text())
+    del record["flags"]["clip_grad_norm"]
+    (run / "args.json").write_text(json.dumps(record))
+    before = (run / "last.safetensors").read_bytes()
+    (run / "state.previous.pt").replace(run / "state.pt")
+    train(tmp_path, tiny_dataset, "--resume")
+    assert (run / "last.safetensors").read_bytes() == before
+
+
+def test_divergence_in_the_last_step_is_one_line(tmp_path, tiny_dataset, capsys):
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--batch_size", "400", "--lr", "1e6")
+    assert error.value.code == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 2  # a warning about correcting twice, and the error
