@@ -1,5 +1,7 @@
 """Batches on the device: from memory where the decoded images fit, else decoded by worker processes."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +232,15 @@ class _GivenBatches:
 def _leave_signals_to_the_main_process(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers that an exception keeps alive: Python would send SIGTERM, which they ignore, and wait forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _unchanged(batch: Tensor | str) -> Tensor | str:

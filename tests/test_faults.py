@@ -100,3 +100,20 @@ def test_a_disk_that_is_full_leaves_the_last_good_state(tmp_path, tiny_dataset):
     train(tmp_path, tiny_dataset, "--epochs", "3", "--resume")
     assert (run / "last.safetensors").read_bytes() == weights
     assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_process_that_fails_ends_although_its_exception_keeps_workers_alive(tmp_path, tiny_dataset):
+    """Workers ignore SIGTERM, with which Python ends them at exit before it waits for them."""
+    code = """if True:
+        import sys
+        import torch
+        from data.loaders import FixedViews, WorkerPool
+        pool = WorkerPool(FixedViews([sys.argv[1]], 32), 1, torch.device("cpu"))
+        pool.itself = pool
+        print(next(pool.read([[0], [0]])).shape)
+        sys.exit(1)
+    """
+    image = next((tiny_dataset / "train").rglob("*.png"))
+    command = [sys.executable, "-c", code, image]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "torch.Size([1, 3, 32, 32])\n", "")
