@@ -236,7 +236,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers that an exception keeps alive: Python would send SIGTERM, which they ignore, and wait forever."""
+    """Kill workers that an exception keeps alive: Python would send SIGTERM, which they ignore, and wait forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
     for process in multiprocessing.active_children():
         if process.daemon:
