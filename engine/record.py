@@ -12,6 +12,7 @@ from data.folders import ImageFolders, split_hash
 from data.loaders import Pixels
 from engine import files
 from engine.errors import Refused
+from engine.flags import resolved_epoch
 from engine.optim import center_lr_limit
 from engine.options import train_parser
 from losses import build_objective
@@ -97,7 +98,7 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
     )
     lines = [data, model, f"objective  {record['objective']}"]
     if args.drw_epoch is not None:
-        lines.append(f"           class weights from epoch {args.drw_epoch} on")
+        lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
         first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)
         if record["center_lr_limit"] < args.lr:

@@ -7,16 +7,19 @@ from engine.numerics import in_float32
 
 class CrossEntropyLoss(nn.Module):
     """``sum_i w_{y_i} l_i / sum_i w_{y_i}`` over the rows of all processes: `torch.nn.CrossEntropyLoss`, which divides
-    by the weights of its own rows, when there is one."""
+    by the weights of its own rows, when there is one. With ``label_smoothing`` e a target counts 1 - e, and all
+    classes, each with its weight, share e."""
 
-    def __init__(self, weight: Tensor | None = None):
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.register_buffer("weight", weight, persistent=False)
 
     @in_float32
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.weight is None:
-            return mean_over_processes(F.cross_entropy(logits, targets, reduction="sum"), len(targets))
+            total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+            return mean_over_processes(total, len(targets))
         weight = self.weight.to(logits)
-        total = F.cross_entropy(logits, targets, weight, reduction="sum")
+        total = F.cross_entropy(logits, targets, weight, reduction="sum", label_smoothing=self.label_smoothing)
         return mean_over_processes(total, weight[targets].sum())
