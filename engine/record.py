@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -40,6 +41,7 @@ def new_record(
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     generator = sum(size for name, size in sizes.items() if name.startswith("generator."))
+    limit = center_lr_limit(args, model, pixels.size)
     return {
         "flags": plain_flags(args),
         "classes": folders.classes,
@@ -56,10 +58,17 @@ def new_record(
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "center_lr_limit": center_lr_limit(args, model, pixels.size) if args.add_rsg else None,
+        "center_lr_limit": limit if args.add_rsg and math.isfinite(limit) else None,
         "commit": code_commit(),
         "seed": seed,
+        "parent": parent_run(args),
     }
+
+
+def parent_run(args: argparse.Namespace) -> str | None:
+    """The folder of the run whose weights this one starts from."""
+    is_of_run = args.weights is not None and (args.weights.parent / "args.json").is_file()
+    return str(args.weights.parent) if is_of_run else None
 
 
 def read_record(folder: Path) -> dict:
@@ -97,11 +106,18 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
+    changes = [*args.augment, *(f"{name} {value:g}" for name in ("mixup", "cutmix") if (value := getattr(args, name)))]
+    if changes:
+        lines.insert(1, f"           augmented by {', '.join(changes)}")
+    if args.mixup or args.cutmix:
+        lines.append("           train accuracy: how much of a mixed image is of the predicted class")
+    if args.ema_decay is not None:
+        lines.append(f"           judged and saved: mean of the weights over the updates, decay {args.ema_decay:g}")
     if args.drw_epoch is not None:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
         first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)
-        if record["center_lr_limit"] < args.lr:
+        if record["center_lr_limit"] is not None and record["center_lr_limit"] < args.lr:
             lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")
         when = f"generates from epoch {first} of {args.epochs} on" if first is not None else "never generates"
         lines.append(f"rsg        {record['generator_parameters'] / 1e6:.2f} M parameters, in training only; {when}")

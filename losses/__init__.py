@@ -145,7 +145,9 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             f"{args.logit_adjusted_weight_type} both make up for rare classes"
         )
     if args.label_smoothing and not (set(on) - {"focal"} or (not on and margin_heads_on(args))):
-        warnings.append("--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it")
+        warnings.append(
+            "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
+        )
     return warnings
 
 

@@ -21,9 +21,7 @@ class BalancedSupConLoss(nn.Module):
         self.temperature = temperature
 
     @in_float32
-    def forward(
-        self, features: Tensor, targets: Tensor, prototypes: Tensor, num_anchors: int | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, targets: Tensor, prototypes: Tensor, num_anchors: int | None = None) -> Tensor:
         if features.dim() == 3:  # [B, V, D] -> [V * B, D], view by view
             targets = targets.repeat(features.shape[1])
             features = features.transpose(0, 1).flatten(0, 1)
