@@ -294,9 +294,13 @@ def test_no_loss_on_is_refused():
 
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [("--add_supcon_loss 0 --supcon_balance", "which is off"), ("--add_ldam_loss 0 --supcon_balance", "as prototypes")],
+    [
+        ("--add_supcon_loss 0 --supcon_balance", "which is off"),
+        ("--add_ldam_loss 0 --supcon_balance", "as prototypes"),
+        ("--add_ldam_loss 0 --freeze_backbone", "nothing to train"),
+    ],
 )
-def test_balanced_supcon_is_refused_without_supcon_or_without_a_trained_classifier(words, reason):
+def test_what_needs_a_loss_that_is_off_is_refused(words, reason):
     with pytest.raises(Refused, match=reason):
         check_loss_flags(flags(words), "uniform")
 
