@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     images: Tensor  # float [V * B, 3, S, S], normalised, view by view
     targets: Tensor  # [V * B]
     indices: Tensor  # [V * B] positions in the split, on the CPU
+    weights: Tensor | None = None  # [V * B] of synthetic and real images in the losses; None where all are real
+    real: Tensor | None = None  # bool [V * B]; None likewise
 
 
 class Pixels(NamedTuple):
@@ -52,6 +54,9 @@ class TrainingLoader:
 
     Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
     made by worker processes, and the device jitters their colours. With two views every image comes twice.
+
+    ``synthetic`` images come after those of ``split`` and count ``synthetic_weight`` in the losses; the samplers then
+    draw a class by its ``class_counts``.
     """
 
     def __init__(
@@ -65,7 +70,16 @@ class TrainingLoader:
         views: int = 1,
         workers: int = 0,
         cache_limit: float = CACHE_LIMIT,
+        synthetic: Split | None = None,
+        synthetic_weight: float = 1.0,
+        class_counts: list[int] | None = None,
     ):
+        self.weights = self.real = self.class_counts = None
+        if synthetic is not None:
+            self.real = torch.arange(len(split.paths) + len(synthetic.paths)) < len(split.paths)
+            self.weights = torch.where(self.real, 1.0, synthetic_weight)
+            self.class_counts = torch.tensor(class_counts, dtype=torch.double)
+            split = Split(split.paths + synthetic.paths, split.targets + synthetic.targets)
         self.paths, self.targets = split.paths, torch.tensor(split.targets)
         self.bounds = batch_bounds(len(split.paths), batch_size, smallest=2 * distributed.world_size())
         self.pixels, self.seed, self.device, self.flips, self.views = pixels, seed, device, flips, views
@@ -81,7 +95,7 @@ class TrainingLoader:
 
     def epoch(self, epoch: int, sampler: str = "uniform", first_batch: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_batch`` on: this process's share of each."""
-        order = epoch_order(self.targets, sampler, self.seed, epoch)
+        order = epoch_order(self.targets, sampler, self.seed, epoch, self.class_counts)
         draws = epoch_draws(self.views * len(order), self.seed, epoch).view(self.views, len(order), -1)
         rank, step = distributed.rank(), distributed.world_size()
         own = [slice(start + rank, stop, step) for start, stop in self.bounds[first_batch:]]
@@ -93,7 +107,11 @@ class TrainingLoader:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
         for images, batch, numbers in zip(self.source.read(keys), indices, draws, strict=True):
             images = self.augmented(images.to(self.device, non_blocking=True), numbers.to(self.device))
-            yield Batch(images, self.targets[batch].to(self.device, non_blocking=True), batch)
+            weights, real = (
+                None if rows is None else rows[batch].to(self.device, non_blocking=True)
+                for rows in (self.weights, self.real)
+            )
+            yield Batch(images, self.targets[batch].to(self.device, non_blocking=True), batch, weights, real)
 
     def augmented(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 images to what the model is fed; the crop of larger images has been made."""

@@ -1,6 +1,7 @@
 """What a run says of itself: args.json and the lines at its start."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import platform
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.folders import ImageFolders, split_hash
+from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
 from engine import files
 from engine.errors import Refused
@@ -39,6 +40,9 @@ def new_record(
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     generator = sum(size for name, size in sizes.items() if name.startswith("generator."))
+    synthetic = {}
+    if folders.synthetic:
+        synthetic = {"synthetic_counts": folders.synthetic_counts, "synthetic_hash": synthetic_hash(folders)}
     return {
         "flags": plain_flags(args),
         "classes": folders.classes,
@@ -48,6 +52,7 @@ def new_record(
         "mean": pixels.mean,
         "std": pixels.std,
         "split_hash": split_hash(folders),
+        **synthetic,
         "parameters": sum(sizes.values()) - generator,
         "generator_parameters": generator,
         "objective": str(build_objective(args, folders.class_counts)),
@@ -83,7 +88,8 @@ def code_commit() -> str | None:
 
 def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
     """The lines at the start of a run."""
-    counts, flips = record["class_counts"], folders.flips if args.hflip is None else args.hflip
+    flips = folders.flips if args.hflip is None else args.hflip
+    counts = dataclasses.replace(folders, count_synthetic=False).class_counts
     images = {name: len(split.paths) for name, split in folders.splits.items()}
     data = (
         f"data       {folders.root}: {len(counts)} classes of {max(counts)} to {min(counts)} training images "
@@ -96,6 +102,14 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
+    if folders.synthetic:
+        made = record["synthetic_counts"]
+        lines.insert(
+            1,
+            f"synthetic  {sum(made)} images of {sum(map(bool, made))} classes, {sum(made) / sum(made + counts):.1%} of "
+            f"the images to train on; weight {args.synthetic_weight:g}, "
+            f"{'counted' if args.count_synthetic else 'not counted'} in class counts; {record['synthetic_hash'][:12]}",
+        )
     if args.drw_epoch is not None:
         lines.append(f"           class weights from epoch {args.drw_epoch} on")
     if args.add_rsg:

@@ -101,6 +101,11 @@ class RunFolder:
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
                 f"(split {record['split_hash'][:12]}, recorded {self.record['split_hash'][:12]})"
             )
+        if record.get("synthetic_hash") != self.record.get("synthetic_hash"):
+            raise Refused(
+                f"the synthetic images are not those that {self.path} was started with: they were made or judged again "
+                f"since; give the run another --run_name"
+            )
 
     def begin(self, record: dict, epoch: int, fresh: bool) -> None:
         """Make the folder ready for ``epoch``: log rows that the saved state has not seen are dropped. A fresh start

@@ -51,7 +51,7 @@ def train_one_epoch(
         guard.before_forward(step)
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = forward(batch.images, batch.targets)
-        loss, parts = objective(output, len(batch.images))
+        loss, parts = objective(output, len(batch.images), batch.weights)
         state.scaler.scale(guard.poisoned(loss) / batches_of_update).backward()
         is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
         if is_update:
@@ -79,12 +79,15 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
 def with_batch(
     sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor
 ) -> Sums:
-    """Losses weighted by the batch's images; hits of the main head, which has no margin, on images only."""
+    """Losses weighted by the batch's images; hits of the main head, which has no margin, on real images only."""
     num_real = len(batch.images)
-    hits = (output.logits["main"][:num_real].detach().argmax(dim=1) == batch.targets).sum()
+    hits = output.logits["main"][:num_real].detach().argmax(dim=1) == batch.targets
     values = {"images": num_real, "train_loss": loss * num_real}
     values |= {f"loss_{part}": value * num_real for part, value in parts.items()}
-    values |= {"train_accuracy": hits, "generated_rows": len(output.features) - num_real}
+    if batch.real is not None:
+        hits = hits & batch.real
+        values["real_images"] = batch.real.sum()
+    values |= {"train_accuracy": hits.sum(), "generated_rows": len(output.features) - num_real}
     values["skipped_batches"] = skipped * distributed.is_main()  # all processes skip together
     if "center_distance" in output.auxiliary:
         values["rsg_center_distance"] = output.auxiliary["center_distance"] * num_real
@@ -96,9 +99,10 @@ def epoch_row(state: TrainingState, views: int) -> dict[str, float]:
     totals = distributed.summed(torch.stack(list(state.sums.values()))).tolist()
     row = dict(zip(state.sums, totals, strict=True))
     images, counts = row.pop("images"), {name: int(row.pop(name)) for name in ("generated_rows", "skipped_batches")}
-    if not state.model.heads["main"].weight.requires_grad:  # no loss trains it: its accuracy would mislead
-        del row["train_accuracy"]
-    return {name: total / images for name, total in row.items()} | {
+    real_images = row.pop("real_images", images)
+    if not (real_images and state.model.heads["main"].weight.requires_grad):
+        del row["train_accuracy"]  # no real image, or a head that no loss trains: it would mislead
+    return {name: total / (real_images if name == "train_accuracy" else images) for name, total in row.items()} | {
         **counts,
         "seconds": state.seconds,
         "images_per_second": images / views / state.seconds,
