@@ -19,10 +19,12 @@ from engine.guard import NonFiniteGuard
 from engine.interrupt import StopSignal
 from engine.numerics import autocast_dtype, build_scaler
 from engine.optim import (
+    build_average,
     build_clip,
     build_optimizer,
     check_optimizer_flags,
     learning_rate,
+    rates_in_force,
     set_learning_rate,
     steps_in_epoch,
 )
@@ -74,6 +76,7 @@ def main(args: argparse.Namespace) -> None:
     model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
     optimizer = build_optimizer(args, model, pixels.size)
     state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
+    state.averaged = build_average(model, args.ema_decay)
     record = new_record(args, folders, pixels, seed, model, amp_dtype)
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         run.check_unchanged()
@@ -102,7 +105,8 @@ def fit(
 ) -> None:
     """The epochs that are left: train, judge on val/, log, save."""
     model, device = state.model, training.device
-    guard = NonFiniteGuard(model, state.optimizer, amp_dtype == torch.float16, args.accumulate_steps)
+    scaled = amp_dtype == torch.float16
+    guard = NonFiniteGuard(model, state.optimizer, scaled, args.accumulate_steps, state.averaged)
     clip = build_clip(model, args.clip_grad_norm)
     forward = phase = None
 
@@ -144,8 +148,10 @@ def fit(
             raise run.nonfinite(error, state, training.paths) from None
         state.stop_clock()
         distributed.share_buffers(model)
-        row, class_means = selection.judge(model)
-        row = {"epoch": epoch, "lr": learning_rate(args, epoch)} | epoch_row(state, args.supcon_views) | row
+        if state.averaged is not None:
+            distributed.share_buffers(state.judged)
+        row, class_means = selection.judge(state.judged)
+        row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, args.supcon_views) | row
         for warning in unmoved_centers(row):
             warn(warning)
         run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))

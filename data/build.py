@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data.augment import AUGMENTATIONS, POLICIES
 from data.folders import ImageFolders, Split, read_image_folders
 from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader, own_size
 from data.samplers import SAMPLERS
@@ -14,7 +15,7 @@ from data.synthesis import read_kept_images
 from engine import distributed
 from engine.console import warn
 from engine.errors import Refused
-from engine.flags import add_switch, number_in
+from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +37,23 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--normalize", choices=("imagenet", "dataset"), default="imagenet", help="whose mean and std")
     add_switch(group, "--hflip", None, "mirror images; default: the data set's word")
+    group.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help=f"beside crop and flip: {', '.join(POLICIES)} (one of them), cutout",
+    )
+    alpha = number_in(0, open_low=True)
+    group.add_argument("--mixup", type=alpha, metavar="A", help="blend images, share from Beta(A, A)")
+    group.add_argument("--cutmix", type=alpha, metavar="A", help="paste boxes of others, share from Beta(A, A)")
     group.add_argument("--sampler", choices=SAMPLERS, help="of training images; default: uniform, balanced with DRS")
     group.add_argument(
         "--drs_epoch",
-        type=number_in(0, kind=int),
+        type=epoch_or_share(0),
         metavar="E",
-        help="uniform before epoch E, --sampler from it on (DRS)",
+        help="uniform before epoch E, --sampler from it on (DRS); 0.8: from that share of the epochs on",
     )
     group.add_argument(
         "--synthetic_weight",
@@ -64,7 +76,17 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> list[str]:
-    """Warnings about flags that change nothing."""
+    """Warnings about flags that change nothing; `Refused` for augmentations that cannot go together."""
+    if len(policies := [name for name in args.augment if name in POLICIES]) > 1:
+        raise Refused(
+            f"--augment {' '.join(policies)}: each is a whole policy; give one of them, and cutout if you like"
+        )
+    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name) is not None]
+    needy = [f"--add_{name} False" for name, on in (("supcon_loss", args.add_supcon_loss), ("rsg", args.add_rsg)) if on]
+    if mixes and needy:
+        raise Refused(
+            f"{' and '.join(mixes)}: a mixed image is of no one class, as SupCon and RSG need it; add {' '.join(needy)}"
+        )
     warnings = []
     if args.drs_epoch is not None and args.sampler == "uniform":
         warnings.append("--drs_epoch changes nothing: --sampler uniform is in force before it, too")
@@ -77,7 +99,7 @@ def sampler_of(args: argparse.Namespace, epoch: int) -> str:
     """The sampler in force in ``epoch``."""
     if args.drs_epoch is None:
         return args.sampler or "uniform"
-    return (args.sampler or "balanced") if epoch >= args.drs_epoch else "uniform"
+    return (args.sampler or "balanced") if epoch >= resolved_epoch(args, "drs_epoch") else "uniform"
 
 
 def read_data(args: argparse.Namespace) -> ImageFolders:
@@ -137,6 +159,9 @@ def build_training_loader(
         args.supcon_views,
         _workers(args),
         args.cache_limit,
+        tuple(args.augment),
+        args.mixup,
+        args.cutmix,
         folders.synthetic,
         args.synthetic_weight,
         folders.class_counts,

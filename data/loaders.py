@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +17,28 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import transforms
+from data.augment import POLICIES, Policy
 from data.folders import Split
 from data.images import read_image
-from data.samplers import batch_bounds, epoch_draws, epoch_order
+from data.samplers import batch_bounds, epoch_draws, epoch_mixings, epoch_order, policy_draws
 from engine import distributed
 from engine.errors import Failed, Refused
 
 CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
+POLICY_IMAGES = 2048  # to which a policy is applied at once
 
 
 class Batch(NamedTuple):
     images: Tensor  # float [V * B, 3, S, S], normalised, view by view
     targets: Tensor  # [V * B]
     indices: Tensor  # [V * B] positions in the split, on the CPU
-    weights: Tensor | None = None  # [V * B] of synthetic and real images in the losses; None where all are real
-    real: Tensor | None = None  # bool [V * B]; None likewise
+    mixed_targets: Tensor | None = None  # [V * B] of the images mixed into these
+    share: float = 1.0  # of an image in its mixture
+    # where synthetic images are in use, and None elsewhere: what an image counts in the losses, and whether it is real
+    weights: Tensor | None = None  # [V * B]
+    real: Tensor | None = None  # bool [V * B]
+    mixed_weights: Tensor | None = None  # [V * B], and whether they are real: of the images mixed into these
+    mixed_real: Tensor | None = None
 
 
 class Pixels(NamedTuple):
@@ -54,9 +62,9 @@ class TrainingLoader:
 
     Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
     made by worker processes, and the device jitters their colours. With two views every image comes twice.
-
-    ``synthetic`` images come after those of ``split`` and count ``synthetic_weight`` in the losses; the samplers then
-    draw a class by its ``class_counts``.
+    ``augment`` names `AUGMENTATIONS`: one policy, cutout, or both. ``mixup`` and ``cutmix`` are the A of Beta(A, A);
+    each process mixes its own rows, after all else. ``synthetic`` images come after those of ``split`` and count
+    ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
     """
 
     def __init__(
@@ -70,6 +78,9 @@ class TrainingLoader:
         views: int = 1,
         workers: int = 0,
         cache_limit: float = CACHE_LIMIT,
+        augment: tuple[str, ...] = (),
+        mixup: float | None = None,
+        cutmix: float | None = None,
         synthetic: Split | None = None,
         synthetic_weight: float = 1.0,
         class_counts: list[int] | None = None,
@@ -81,6 +92,8 @@ class TrainingLoader:
             self.class_counts = torch.tensor(class_counts, dtype=torch.double)
             split = Split(split.paths + synthetic.paths, split.targets + synthetic.targets)
         self.paths, self.targets = split.paths, torch.tensor(split.targets)
+        self.augment, self.mixup, self.cutmix = augment, mixup, cutmix
+        self.policy = next((Policy(name, pixels.size) for name in augment if name in POLICIES), None)
         self.bounds = batch_bounds(len(split.paths), batch_size, smallest=2 * distributed.world_size())
         self.pixels, self.seed, self.device, self.flips, self.views = pixels, seed, device, flips, views
         self.small = pixels.size <= transforms.SMALL
@@ -88,7 +101,7 @@ class TrainingLoader:
             self.source = fixed_views(split.paths, pixels.size, workers, device, cache_limit)
         else:
             decoded = DecodedImages(split.paths, workers) if decoded_bytes(split.paths) <= cache_limit else None
-            self.source = WorkerPool(RandomCrops(split.paths, pixels.size, decoded), workers, device)
+            self.source = WorkerPool(RandomCrops(split.paths, pixels.size, decoded, self.policy), workers, device)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -96,7 +109,10 @@ class TrainingLoader:
     def epoch(self, epoch: int, sampler: str = "uniform", first_batch: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_batch`` on: this process's share of each."""
         order = epoch_order(self.targets, sampler, self.seed, epoch, self.class_counts)
-        draws = epoch_draws(self.views * len(order), self.seed, epoch).view(self.views, len(order), -1)
+        draws = epoch_draws(self.views * len(order), self.seed, epoch)
+        if self.augment:
+            draws = torch.cat([draws, policy_draws(len(draws), self.seed, epoch)], dim=1)
+        draws = draws.view(self.views, len(order), -1)
         rank, step = distributed.rank(), distributed.world_size()
         own = [slice(start + rank, stop, step) for start, stop in self.bounds[first_batch:]]
         indices = [order[rows].repeat(self.views) for rows in own]
@@ -105,24 +121,56 @@ class TrainingLoader:
             keys = (batch.tolist() for batch in indices)
         else:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
-        for images, batch, numbers in zip(self.source.read(keys), indices, draws, strict=True):
-            images = self.augmented(images.to(self.device, non_blocking=True), numbers.to(self.device))
-            weights, real = (
-                None if rows is None else rows[batch].to(self.device, non_blocking=True)
-                for rows in (self.weights, self.real)
+        shown = (
+            (self.cropped(images.to(self.device, non_blocking=True), numbers), numbers)
+            for images, numbers in zip(self.source.read(keys), (rows.to(self.device) for rows in draws), strict=True)
+        )
+        if self.policy is not None and self.small:
+            shown = self.with_policy(shown)
+        batches = (
+            Batch(self.coloured(images, numbers), self.rows_of(self.targets, batch), batch)._replace(
+                weights=self.rows_of(self.weights, batch), real=self.rows_of(self.real, batch)
             )
-            yield Batch(images, self.targets[batch].to(self.device, non_blocking=True), batch, weights, real)
+            for (images, numbers), batch in zip(shown, indices, strict=True)
+        )
+        return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
 
-    def augmented(self, images: Tensor, draws: Tensor) -> Tensor:
-        """uint8 images to what the model is fed; the crop of larger images has been made."""
+    def rows_of(self, values: Tensor | None, batch: Tensor) -> Tensor | None:
+        return None if values is None else values[batch].to(self.device, non_blocking=True)
+
+    def cropped(self, images: Tensor, draws: Tensor) -> Tensor:
+        """uint8 images cropped, which has been done for larger ones, and mirrored."""
         if self.small:
             images = transforms.padded_crop(images, draws)
-        if self.flips:
-            images = transforms.mirrored(images, draws)
+        return transforms.mirrored(images, draws) if self.flips else images
+
+    def with_policy(self, shown: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images after `Policy`, in the same batches."""
+        while some := list(islice(shown, max(1, POLICY_IMAGES * len(self) // len(self.paths)))):
+            images, draws = (torch.cat(tensors) for tensors in zip(*some, strict=True))
+            images = self.policy.on_batch(images, draws)
+            yield from zip(images.split([len(each) for each, _ in some]), (numbers for _, numbers in some), strict=True)
+
+    def coloured(self, images: Tensor, draws: Tensor) -> Tensor:
+        """uint8 images to what the model is fed."""
         images = images / 255
         if not self.small:
             images = transforms.colour_jitter(images, draws)
+        if "cutout" in self.augment:
+            images = transforms.cutout(images, draws)
         return self.pixels.normalized(images)
+
+    def with_mixing(self, batches: Iterator[Batch], epoch: int, first_batch: int) -> Iterator[Batch]:
+        mixings = epoch_mixings(len(self), self.seed, epoch, self.mixup, self.cutmix, self.pixels.size)
+        for batch, mixing in zip(batches, mixings[first_batch:], strict=True):
+            views = batch.images.unflatten(0, (self.views, -1))
+            images = torch.cat([transforms.mixed(view, mixing) for view in views])
+            others = {
+                f"mixed_{name}": rows.view(self.views, -1).roll(-1, dims=1).flatten()
+                for name in ("targets", "weights", "real")
+                if (rows := getattr(batch, name)) is not None
+            }
+            yield batch._replace(images=images, share=mixing.share, **others)
 
 
 class EvaluationLoader:
@@ -205,10 +253,11 @@ class RandomCrops(Dataset):
     """Random resized crops; a key is an index and the draws for it. ``decoded`` images spare the files.
 
     Without them a JPEG is decoded at the smallest of its scales that the crop allows: a few grey levels of difference.
+    A ``policy`` is applied to the crops.
     """
 
-    def __init__(self, paths: list[Path], size: int, decoded: "DecodedImages | None"):
-        self.paths, self.size, self.decoded = paths, size, decoded
+    def __init__(self, paths: list[Path], size: int, decoded: "DecodedImages | None", policy: Policy | None = None):
+        self.paths, self.size, self.decoded, self.policy = paths, size, decoded, policy
 
     def __getitems__(self, keys: list[tuple[int, list[float]]]) -> Tensor | str:
         return read_batch(keys, self.crop)
@@ -219,7 +268,8 @@ class RandomCrops(Dataset):
             image = self.decoded[index]
         else:
             image = read_image(self.paths[index], transforms.smallest_useful_side(self.size, draws))
-        return transforms.random_resized_crop(image, self.size, draws)
+        image = transforms.random_resized_crop(image, self.size, draws)
+        return image if self.policy is None else self.policy.on_image(image, draws)
 
 
 class DecodedImages:

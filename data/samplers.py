@@ -1,9 +1,10 @@
 """Which images an epoch sees, in which order, with which random draws: functions of (seed, epoch) alone."""
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
-from data.transforms import DRAWS
+from data.transforms import DRAWS, POLICY_DRAWS, Mixing, cutmix_box
 
 SAMPLERS = {"uniform": None, "balanced": 0.0, "sqrt": 0.5}  # a class is drawn with probability ~ n ** power
 
@@ -27,6 +28,27 @@ def epoch_order(targets: Tensor, sampler: str, seed: int, epoch: int, class_coun
 def epoch_draws(num_draws: int, seed: int, epoch: int) -> Tensor:
     """Uniform numbers [num_draws, len(DRAWS)] in [0, 1): row i belongs to the i-th image that the epoch shows."""
     return torch.rand(num_draws, len(DRAWS), generator=torch.Generator().manual_seed(_mixed(seed, epoch, 1)))
+
+
+def policy_draws(num_draws: int, seed: int, epoch: int) -> Tensor:
+    """Uniform numbers [num_draws, len(POLICY_DRAWS)], apart from `epoch_draws`, which they leave as they are."""
+    return torch.rand(num_draws, len(POLICY_DRAWS), generator=torch.Generator().manual_seed(_mixed(seed, epoch, 2)))
+
+
+def epoch_mixings(
+    num_batches: int, seed: int, epoch: int, mixup: float | None, cutmix: float | None, size: int
+) -> list[Mixing]:
+    """How each batch of ``epoch`` is mixed: its share is drawn from Beta(A, A) with A = ``mixup`` or ``cutmix``, and
+    with both each batch is of either kind with probability 1/2."""
+    draws = torch.rand(
+        num_batches, 4, generator=torch.Generator().manual_seed(_mixed(seed, epoch, 3)), dtype=torch.float64
+    )
+    mixings = []
+    for kind, quantile, *center in draws.tolist():
+        blends = cutmix is None or (mixup is not None and kind < 0.5)
+        share = float(betaincinv(mixup, mixup, quantile) if blends else betaincinv(cutmix, cutmix, quantile))
+        mixings.append(Mixing(share) if blends else cutmix_box(share, size, center))
+    return mixings
 
 
 def batch_bounds(num_images: int, batch_size: int, smallest: int = 2) -> list[tuple[int, int]]:

@@ -90,7 +90,7 @@ class Plan:
         self.rarest_first = sorted(folders.classes, key=lambda name: counts[folders.classes.index(name)])
 
     def next_jobs(self, rows: list[dict]) -> list[Job]:
-        """The images of the next round, or of an interrupted one: as many as the judged ``rows`` lack, rarest class first.
+        """Images of the next round, or of an interrupted one: as many as the judged ``rows`` lack, rarest class first.
 
         Only judged rows have a say, so a round that was interrupted comes out as it began.
         """

@@ -5,6 +5,7 @@ depend on who computes it: one process or many, in one run or resumed.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,11 @@ SMALL = 64  # px: up to here images are cropped with padding, above by random re
 # one uniform number each: crop position, crop area and aspect ratio, mirroring, colour jitter
 DRAWS = ("top", "left", "area", "ratio", "flip", "brightness", "contrast", "saturation")
 TOP, LEFT, AREA, RATIO, FLIP, BRIGHTNESS, CONTRAST, SATURATION = range(len(DRAWS))
+# and, where `--augment` asks for it: a policy's operations, whether or which, and their signs; cutout's centre
+POLICY_DRAWS = ("operation", "first", "second", "first_sign", "second_sign", "hole_top", "hole_left")
+OPERATION, FIRST, SECOND, FIRST_SIGN, SECOND_SIGN, HOLE_TOP, HOLE_LEFT = range(
+    len(DRAWS), len(DRAWS) + len(POLICY_DRAWS)
+)
 JITTER = 0.4  # factors in [0.6, 1.4], as in the original suite
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,6 +89,43 @@ def colour_jitter(images: Tensor, draws: Tensor) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     weights = images.new_tensor((0.2989, 0.587, 0.114))[:, None, None]
     return (images * weights).sum(dim=1, keepdim=True)
+
+
+def cutout(images: Tensor, draws: Tensor) -> Tensor:
+    """A black square of half the side around a point anywhere in the image, cut off at the border (DeVries and Taylor,
+    "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, where it is 16 of 32 px)."""
+    size = images.shape[-1]
+    centers = (draws[:, [HOLE_TOP, HOLE_LEFT], None] * size).long()  # [B, 2, 1]
+    distance = torch.arange(size, device=images.device) - centers
+    inside = (distance >= -(size // 4)) & (distance < size // 4)  # [B, 2, S]
+    return images.masked_fill(inside[:, 0, None, :, None] & inside[:, 1, None, None, :], 0)
+
+
+class Mixing(NamedTuple):
+    """How the images of a batch are mixed, each with the one after it, and the last with the first."""
+
+    share: float  # of the image itself; the other has the rest
+    box: tuple[int, int, int, int] | None = None  # top, bottom, left, right of what the other covers; None: they blend
+
+
+def mixed(images: Tensor, mixing: Mixing) -> Tensor:
+    """mixup (Zhang et al., 2018) or, with a box, CutMix (Yun et al., 2019) of a view of a batch."""
+    others = images.roll(-1, dims=0)
+    if mixing.box is None:
+        return torch.lerp(others, images, mixing.share)
+    top, bottom, left, right = mixing.box
+    images = images.clone()
+    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images
+
+
+def cutmix_box(share: float, size: int, center: tuple[float, float]) -> Mixing:
+    """A box of about ``1 - share`` of the area around ``center`` (in [0, 1)), cut off at the border: the share becomes
+    that of the pixels that are left."""
+    half = int(size * math.sqrt(1 - share)) // 2
+    spans = [(max(0, int(at * size) - half), min(size, int(at * size) + half)) for at in center]
+    (top, bottom), (left, right) = spans
+    return Mixing(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
 
 
 def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

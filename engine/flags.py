@@ -52,6 +52,22 @@ def add_switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, 
     group.add_argument(flag, type=switch, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
 
+def epoch_or_share(low: int) -> Callable:
+    """A converter for an epoch of at least ``low`` ("160"), or, with a point, for a share of all epochs ("0.8")."""
+
+    def convert(word: str) -> int | float:
+        return number_in(0, 1)(word) if "." in word else number_in(low, kind=int)(word)
+
+    convert.__name__ = "epoch or share"
+    return convert
+
+
+def resolved_epoch(args: argparse.Namespace, flag: str) -> int | None:
+    """The epoch that an `epoch_or_share` flag means, a share being rounded to whole epochs."""
+    value = getattr(args, flag)
+    return round(value * args.epochs) if isinstance(value, float) else value
+
+
 def number_in(low: float, high: float = float("inf"), kind: type = float, open_low: bool = False) -> Callable:
     """A converter for numbers of ``kind`` in [low, high], or in (low, high] with ``open_low``."""
 

@@ -18,13 +18,20 @@ class NonFiniteGuard:
 
     The gradient scaler masks an update whose gradient is not finite; from the first bad loss on, `poisoned` makes every
     later loss bad too, so that nothing moves until the report, one step late. `restore` takes back what the forward
-    passes did to the buffers (running means). With ``scaled`` (float16) a bad gradient of a good loss is part of the
-    routine: the update is skipped, counted, and training goes on.
+    passes did to the buffers (running means) and to the ``averaged`` model. With ``scaled`` (float16) a bad gradient of
+    a good loss is part of the routine: the update is skipped, counted, and training goes on.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaled: bool, accumulate_steps: int = 1):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaled: bool,
+        accumulate_steps: int = 1,
+        averaged: nn.Module | None = None,
+    ):
         self.accumulate_steps = accumulate_steps  # batches of one update
-        self.buffers = list(model.buffers())
+        self.buffers = [*model.buffers(), *(averaged.state_dict().values() if averaged is not None else ())]
         self.snapshots = [[buffer.clone() for buffer in self.buffers] for _ in range(2)]
         device = next(model.parameters()).device
         self.poison = torch.zeros((), device=device)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.errors import Refused
-from engine.flags import number_in
+from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
 from models.classifier import LongTailClassifier
 
 SCHEDULES = ("exponential", "step", "cosine", "constant")
@@ -24,7 +25,12 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr", "--learning-rate", type=positive, default=1e-3, help="learning rate; from scratch 1e-3 barely trains"
     )
+    group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="SGD with momentum, or AdamW")
+    group.add_argument(
+        "--backbone_lr", type=positive, metavar="LR", help="of the backbone, for pretrained weights; default: --lr"
+    )
     group.add_argument("--momentum", type=number_in(0, 1), default=0.9, help="SGD")
+    add_switch(group, "--nesterov", False, "Nesterov momentum in SGD")
     group.add_argument(
         "--wd", "--weight_decay", "--weight-decay", type=number_in(0), default=5e-4, help="weight decay, all parameters"
     )
@@ -35,7 +41,10 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lr_factor", type=positive, default=0.01, metavar="F", help="step: factor at a milestone")
     group.add_argument(
-        "--warmup_epochs", type=number_in(0, kind=int), default=0, metavar="E", help="epochs of linear warm-up"
+        "--warmup_epochs", type=epoch_or_share(0), default=0, metavar="E", help="of linear rise; 0.1: share of all"
+    )
+    group.add_argument(
+        "--ema_decay", type=fraction, metavar="D", help="judge and save the exponential mean of the weights, decay D"
     )
     group.add_argument("--clip_grad_norm", type=positive, metavar="N", help="largest gradient norm, generator left out")
     group.add_argument(
@@ -44,7 +53,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_optimizer_flags(args: argparse.Namespace) -> None:
-    """`Refused` when no epoch is left."""
+    """`Refused` when no epoch is left, or for settings of an optimiser that is not in use."""
+    if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
+        raise Refused("--nesterov is a kind of SGD's momentum; it needs --optimizer sgd and a --momentum above 0")
+    if args.ema_decay == 1:
+        raise Refused("--ema_decay 1 keeps the first weights for ever; give less, for example 0.999")
     if args.start_epoch >= args.epochs:
         raise Refused(
             f"--start_epoch {args.start_epoch}: epochs count from 0, the last of {args.epochs} is {args.epochs - 1}"
@@ -53,8 +66,9 @@ def check_optimizer_flags(args: argparse.Namespace) -> None:
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """The learning rate in force in ``epoch``, counted from 0."""
-    if epoch < args.warmup_epochs:
-        return args.lr * (epoch + 1) / args.warmup_epochs
+    warmup = resolved_epoch(args, "warmup_epochs")
+    if epoch < warmup:
+        return args.lr * (epoch + 1) / warmup
     factor = 1.0
     if args.lr_schedule == "exponential":
         factor = args.lr_decay**epoch
@@ -63,6 +77,12 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     elif args.lr_schedule == "cosine":
         factor = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     return args.lr * factor
+
+
+def rates_in_force(args: argparse.Namespace, epoch: int) -> dict[str, float]:
+    """The learning rates of ``epoch`` as log.jsonl names them."""
+    rates = {"lr": learning_rate(args, epoch)}
+    return rates | ({"backbone_lr": rates["lr"] * args.backbone_lr / args.lr} if args.backbone_lr else {})
 
 
 def steps_in_epoch(args: argparse.Namespace, epoch: int, num_batches: int) -> int:
@@ -99,21 +119,34 @@ def center_lr_limit(args: argparse.Namespace, model: LongTailClassifier, img_siz
 
     The centre loss sums over the maps' positions, so that the curvature of a centre is up to ``2 * cesc_weight *
     positions`` (all rows of a batch in one class), and SGD with momentum m diverges at ``2 (1 + m) / curvature``: at
-    16x16 positions below the usual 0.1.
+    16x16 positions below the usual 0.1. Nesterov's momentum diverges ``1 + 2 m`` times earlier; AdamW's steps do not
+    grow with the gradient.
     """
-    if model.generator is None or not args.rsg_cesc_weight:
+    if model.generator is None or not args.rsg_cesc_weight or args.optimizer == "adamw":
         return math.inf
-    return (1 + args.momentum) / (2 * args.rsg_cesc_weight * map_positions(model, img_size))
+    limit = (1 + args.momentum) / (2 * args.rsg_cesc_weight * map_positions(model, img_size))
+    return limit / (1 + 2 * args.momentum) if args.nesterov else limit
 
 
 def build_optimizer(args: argparse.Namespace, model: LongTailClassifier, img_size: int) -> torch.optim.Optimizer:
-    """SGD with momentum on all parameters; a group's ``lr_limit`` bounds its learning rate."""
-    centers, others = [], []
+    """SGD with momentum, or AdamW, on all parameters. A group's learning rate is ``lr_factor`` times that of the epoch,
+    and at most its ``lr_limit``."""
+    backbone, centers, others = [], [], []
     for name, parameter in model.named_parameters():
-        (centers if name == "generator.centers" else others).append(parameter)
-    groups = [{"params": others, "lr_limit": math.inf}]
-    groups += [{"params": centers, "lr_limit": center_lr_limit(args, model, img_size)}] if centers else []
-    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, fused=True)
+        if name == "generator.centers":
+            centers.append(parameter)
+        else:
+            (backbone if args.backbone_lr and name.startswith("backbone.") else others).append(parameter)
+    groups = [{"params": others, "lr_limit": math.inf, "lr_factor": 1.0}]
+    if backbone:
+        groups.append({"params": backbone, "lr_limit": math.inf, "lr_factor": args.backbone_lr / args.lr})
+    if centers:
+        groups.append({"params": centers, "lr_limit": center_lr_limit(args, model, img_size), "lr_factor": 1.0})
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.wd, fused=True)
+    optimizer = torch.optim.SGD(
+        groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=args.nesterov, fused=True
+    )
     if args.momentum:
         # fused SGD makes this buffer in its first step and leaves it unfilled when that step is masked
         for parameter in model.parameters():
@@ -123,4 +156,9 @@ def build_optimizer(args: argparse.Namespace, model: LongTailClassifier, img_siz
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = min(lr, group["lr_limit"])
+        group["lr"] = min(lr * group.get("lr_factor", 1.0), group["lr_limit"])  # older states know no factor
+
+
+def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """The exponential moving average of the model over its updates, running statistics included."""
+    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

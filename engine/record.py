@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
 from engine import files
 from engine.errors import Refused
+from engine.flags import resolved_epoch
 from engine.optim import center_lr_limit
 from engine.options import train_parser
 from losses import build_objective
@@ -43,6 +45,7 @@ def new_record(
     synthetic = {}
     if folders.synthetic:
         synthetic = {"synthetic_counts": folders.synthetic_counts, "synthetic_hash": synthetic_hash(folders)}
+    limit = center_lr_limit(args, model, pixels.size)
     return {
         "flags": plain_flags(args),
         "classes": folders.classes,
@@ -60,10 +63,17 @@ def new_record(
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "center_lr_limit": center_lr_limit(args, model, pixels.size) if args.add_rsg else None,
+        "center_lr_limit": limit if args.add_rsg and math.isfinite(limit) else None,
         "commit": code_commit(),
         "seed": seed,
+        "parent": parent_run(args),
     }
+
+
+def parent_run(args: argparse.Namespace) -> str | None:
+    """The folder of the run whose weights this one starts from."""
+    is_of_run = args.weights is not None and (args.weights.parent / "args.json").is_file()
+    return str(args.weights.parent) if is_of_run else None
 
 
 def read_record(folder: Path) -> dict:
@@ -110,11 +120,18 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
             f"the images to train on; weight {args.synthetic_weight:g}, "
             f"{'counted' if args.count_synthetic else 'not counted'} in class counts; {record['synthetic_hash'][:12]}",
         )
+    changes = [*args.augment, *(f"{name} {value:g}" for name in ("mixup", "cutmix") if (value := getattr(args, name)))]
+    if changes:
+        lines.insert(1, f"           augmented by {', '.join(changes)}")
+    if args.mixup or args.cutmix:
+        lines.append("           train accuracy: how much of a mixed image is of the predicted class")
+    if args.ema_decay is not None:
+        lines.append(f"           judged and saved: mean of the weights over the updates, decay {args.ema_decay:g}")
     if args.drw_epoch is not None:
-        lines.append(f"           class weights from epoch {args.drw_epoch} on")
+        lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
         first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)
-        if record["center_lr_limit"] < args.lr:
+        if record["center_lr_limit"] is not None and record["center_lr_limit"] < args.lr:
             lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")
         when = f"generates from epoch {first} of {args.epochs} on" if first is not None else "never generates"
         lines.append(f"rsg        {record['generator_parameters'] / 1e6:.2f} M parameters, in training only; {when}")

@@ -138,7 +138,7 @@ class RunFolder:
                     self.writer.add_scalar(key, value, row["epoch"])
             self.writer.flush()
             for name in ("last", "best") if is_best else ("last",):
-                save_weights(self.path / f"{name}.safetensors", state.model, class_means, row["epoch"])
+                save_weights(self.path / f"{name}.safetensors", state.judged, class_means, row["epoch"])
         state.save(self.path)
 
     def nonfinite(self, error: NonFiniteLoss, state: TrainingState, paths: list[Path]) -> Exception:

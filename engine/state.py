@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from engine import distributed, files
 from engine.console import warn
@@ -26,6 +27,12 @@ class TrainingState:
     seconds: float = 0.0  # spent training in it
     best: dict | None = None  # {"epoch", "val_balanced_accuracy"}
     finished: bool = False
+    averaged: AveragedModel | None = None  # of the model over the updates
+
+    @property
+    def judged(self) -> nn.Module:
+        """The model to evaluate and to save for testing."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
@@ -47,7 +54,7 @@ class TrainingState:
         if not distributed.is_main():
             return
         content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        content |= {name: content[name].state_dict() for name in ("model", "optimizer", "scaler")}
+        content |= {name: value.state_dict() for name, value in content.items() if hasattr(value, "state_dict")}
         buffer = io.BytesIO()  # torch.save tells no reason when a disk is full
         torch.save(content, buffer)
         previous = folder / "state.previous.pt"
@@ -57,7 +64,7 @@ class TrainingState:
         """Take over what `save` wrote; `Refused` when it is of another model."""
         try:
             for entry in fields(self):
-                if entry.name in ("model", "optimizer", "scaler"):
+                if hasattr(getattr(self, entry.name), "load_state_dict"):
                     getattr(self, entry.name).load_state_dict(content[entry.name])
                 else:
                     setattr(self, entry.name, content[entry.name])
@@ -74,7 +81,7 @@ def read_state(folder: Path, device: torch.device) -> dict | None:
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if path.exists():
             try:
-                content = torch.load(path, map_location=device, weights_only=True)
+                content = {"averaged": None} | torch.load(path, map_location=device, weights_only=True)
                 if missing := {entry.name for entry in fields(TrainingState)} - set(content):
                     raise ValueError(f"it lacks {', '.join(sorted(missing))}")
                 if trouble:

@@ -50,8 +50,8 @@ def train_one_epoch(
         batches_of_update = min(guard.accumulate_steps, num_steps - first)
         guard.before_forward(step)
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
-            output = forward(batch.images, batch.targets)
-        loss, parts = objective(output, len(batch.images), batch.weights)
+            output = forward(batch.images, batch.targets, batch.mixed_targets)
+        loss, parts = objective(output, len(batch.images), batch.share, batch.weights, batch.mixed_weights)
         state.scaler.scale(guard.poisoned(loss) / batches_of_update).backward()
         is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
         if is_update:
@@ -74,24 +74,34 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
+    if state.averaged is not None:
+        state.averaged.update_parameters(state.model)
 
 
 def with_batch(
     sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor
 ) -> Sums:
-    """Losses weighted by the batch's images; hits of the main head, which has no margin, on real images only."""
+    """Losses weighted by the batch's images; hits of the main head, which has no margin, on real images only. A mixed
+    image is hit by as much of it as is of the predicted class."""
     num_real = len(batch.images)
-    hits = output.logits["main"][:num_real].detach().argmax(dim=1) == batch.targets
+    predicted = output.logits["main"][:num_real].detach().argmax(dim=1)
+    hits = hits_on(predicted, batch.targets, batch.real)
+    if batch.mixed_targets is not None:
+        hits = batch.share * hits + (1 - batch.share) * hits_on(predicted, batch.mixed_targets, batch.mixed_real)
     values = {"images": num_real, "train_loss": loss * num_real}
     values |= {f"loss_{part}": value * num_real for part, value in parts.items()}
     if batch.real is not None:
-        hits = hits & batch.real
-        values["real_images"] = batch.real.sum()
-    values |= {"train_accuracy": hits.sum(), "generated_rows": len(output.features) - num_real}
+        values["real_images"] = batch.real.sum()  # also of mixed ones: each image is mixed into one other
+    values |= {"train_accuracy": hits, "generated_rows": len(output.features) - num_real}
     values["skipped_batches"] = skipped * distributed.is_main()  # all processes skip together
     if "center_distance" in output.auxiliary:
         values["rsg_center_distance"] = output.auxiliary["center_distance"] * num_real
     return {name: sums.get(name, torch.zeros((), device=loss.device)) + value for name, value in values.items()}
+
+
+def hits_on(predicted: Tensor, targets: Tensor, real: Tensor | None) -> Tensor:
+    hits = predicted == targets
+    return (hits if real is None else hits & real).sum()
 
 
 def epoch_row(state: TrainingState, views: int) -> dict[str, float]:

@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from engine.errors import Refused
-from engine.flags import add_switch, number_in
+from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
+from losses.balanced_supcon import BalancedSupConLoss
 from losses.class_weights import class_balanced_weights, inverse_frequency_weights
 from losses.cross_entropy import CrossEntropyLoss
 from losses.focal import FocalLoss
 from losses.ldam import LDAMLoss
+from losses.logit_adjusted import LogitAdjustedLoss
 from losses.objective import HeadTerm, Objective
 from losses.supcon import SupConLoss
 from models.heads import margin_heads_on
 
 __all__ = [
+    "BalancedSupConLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "LDAMLoss",
+    "LogitAdjustedLoss",
     "Objective",
     "SupConLoss",
     "add_loss_flags",
@@ -31,9 +35,18 @@ __all__ = [
 ]
 
 CLASSIFICATION_LOSSES = {  # name: (printed name, built from flags, class counts and class weights)
-    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight)),
-    "ldam": ("LDAM", lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight)),
+    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight, args.label_smoothing)),
+    "ldam": (
+        "LDAM",
+        lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight, args.label_smoothing),
+    ),
     "focal": ("focal", lambda args, class_counts, weight: FocalLoss(args.focal_gamma, weight)),
+    "logit_adjusted": (
+        "logit-adjusted CE",
+        lambda args, class_counts, weight: LogitAdjustedLoss(
+            class_counts, args.logit_adjust_tau, weight, args.label_smoothing
+        ),
+    ),
 }
 CLASS_WEIGHTS = {  # name: (printed name, built from flags and class counts)
     "none": (None, lambda args, class_counts: None),
@@ -57,6 +70,12 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cbl_beta", type=float, default=0.999, metavar="B", help="cbl weights: 0 makes them all 1")
     group.add_argument("--ldam_max_margin", type=factor, default=0.3, metavar="M", help="LDAM: rarest class, a cosine")
     group.add_argument("--focal_gamma", type=factor, default=2.0, metavar="G", help="focal: 0 is cross-entropy")
+    group.add_argument(
+        "--logit_adjust_tau", type=factor, default=1.0, metavar="T", help="logit-adjusted CE: 1 is balanced softmax"
+    )
+    group.add_argument(
+        "--label_smoothing", type=number_in(0, 1), default=0.0, metavar="E", help="share of all classes; not in focal"
+    )
     add_switch(group, "--add_supcon_loss", True, "SupCon on the pooled features")
     group.add_argument("--supcon_loss_weight", type=factor, default=0.9, metavar="W", help="factor")
     group.add_argument(
@@ -76,8 +95,17 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="generated rows in SupCon: anchors and keys; keys, without gradient for the generator; left out",
     )
+    add_switch(
+        group,
+        "--supcon_balance",
+        False,
+        "SupCon with classes averaged and classifier weights as prototypes (BCL); with a projection: through their own",
+    )
     group.add_argument(
-        "--drw_epoch", type=number_in(0, kind=int), metavar="E", help="class weights are 1 before epoch E (DRW)"
+        "--drw_epoch",
+        type=epoch_or_share(0),
+        metavar="E",
+        help="class weights are 1 before epoch E (DRW); 0.8: before that share of the epochs",
     )
 
 
@@ -90,6 +118,13 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
     factors += [args.supcon_loss_weight] if args.add_supcon_loss else []
     if not any(factors) and (factors or not margin_heads_on(args)):
         raise Refused("no loss is on with a weight above 0; add one, for example --add_cross_entropy_loss")
+    if args.supcon_balance and not args.add_supcon_loss:
+        raise Refused("--supcon_balance is about SupCon, which is off; leave it out or give --add_supcon_loss")
+    if args.supcon_balance and predicts_by_class_means(args):
+        raise Refused(
+            "--supcon_balance takes the classifier's weights as prototypes, but no loss trains a classifier; add one, "
+            "for example --add_logit_adjusted_loss"
+        )
     warnings = []
     if predicts_by_class_means(args):
         warnings.append(
@@ -99,9 +134,20 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
         warnings.append("LDAM on a Linear head: a margin on unbounded logits does next to nothing; use --norm_out True")
     none = {"none"} | ({"cbl"} if args.cbl_beta == 0 else set())
     weighted = [name for name in on if getattr(args, f"{name}_weight_type") not in none]
-    if weighted and sampler != "uniform":
-        flags = ", ".join(f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted)
-        warnings.append(f"corrected twice: the {sampler} sampler and {flags} both make up for rare classes")
+    flags = [f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted]
+    adjusted = args.add_logit_adjusted_loss and args.logit_adjust_tau > 0
+    if (weighted or adjusted) and sampler != "uniform":
+        others = ", ".join(flags + ["--add_logit_adjusted_loss"] * adjusted)
+        warnings.append(f"corrected twice: the {sampler} sampler and {others} both make up for rare classes")
+    if adjusted and "logit_adjusted" in weighted:
+        warnings.append(
+            f"corrected twice: the logit-adjusted loss and --logit_adjusted_weight_type "
+            f"{args.logit_adjusted_weight_type} both make up for rare classes"
+        )
+    if args.label_smoothing and not (set(on) - {"focal"} or (not on and margin_heads_on(args))):
+        warnings.append(
+            "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
+        )
     return warnings
 
 
@@ -112,7 +158,7 @@ def predicts_by_class_means(args: argparse.Namespace) -> bool:
 
 def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch: int | None = None) -> Objective:
     """The objective in force in ``epoch`` (default: the last): before ``--drw_epoch`` all class weights are 1."""
-    deferred = epoch is not None and args.drw_epoch is not None and epoch < args.drw_epoch
+    deferred = epoch is not None and args.drw_epoch is not None and epoch < resolved_epoch(args, "drw_epoch")
     heads = ["main", *margin_heads_on(args)]
     names = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
     if names:
@@ -123,14 +169,20 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
         ]
     elif len(heads) > 1:  # margin heads as their papers define them
         head_terms = [
-            HeadTerm(f"cross_entropy_{head}", f"CE({_title(args, head)})", 1.0, head, CrossEntropyLoss())
+            HeadTerm(
+                f"cross_entropy_{head}",
+                f"CE({_title(args, head)})",
+                1.0,
+                head,
+                CrossEntropyLoss(label_smoothing=args.label_smoothing),
+            )
             for head in heads
         ]
     else:
         head_terms = []
     return Objective(
         head_terms,
-        SupConLoss(args.supcon_temperature) if args.add_supcon_loss else None,
+        _supcon(args) if args.add_supcon_loss else None,
         args.supcon_loss_weight,
         args.supcon_generated,
         "projections" if args.supcon_projection_dim else "features",
@@ -147,6 +199,10 @@ def _head_term(args: argparse.Namespace, name: str, head: str, class_counts: Seq
     return HeadTerm(
         f"{name}_{head}", text, getattr(args, f"{name}_loss_weight"), head, build_loss(args, class_counts, weight)
     )
+
+
+def _supcon(args: argparse.Namespace) -> SupConLoss | BalancedSupConLoss:
+    return (BalancedSupConLoss if args.supcon_balance else SupConLoss)(args.supcon_temperature)
 
 
 def _title(args: argparse.Namespace, head: str) -> str:

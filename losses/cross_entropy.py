@@ -1,3 +1,4 @@
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,20 +8,23 @@ from engine.numerics import in_float32
 
 class CrossEntropyLoss(nn.Module):
     """``sum_i w_{y_i} l_i / sum_i w_{y_i}`` over the rows of all processes: `torch.nn.CrossEntropyLoss`, which divides
-    by the weights of its own rows, when there is one. A row of ``row_weights`` r [B] counts as r rows."""
+    by the weights of its own rows, when there is one. With ``label_smoothing`` e a target counts 1 - e, and all
+    classes, each with its weight, share e. A row of ``row_weights`` r [B] counts as r rows."""
 
-    def __init__(self, weight: Tensor | None = None):
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.register_buffer("weight", weight, persistent=False)
 
     @in_float32
     def forward(self, logits: Tensor, targets: Tensor, row_weights: Tensor | None = None) -> Tensor:
         if row_weights is not None:
-            weights = row_weights.to(logits) if self.weight is None else row_weights * self.weight.to(logits)[targets]
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            return mean_over_processes((weights * losses).sum(), weights.sum())
+            weight = torch.ones_like(logits[0]) if self.weight is None else self.weight.to(logits)
+            losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=self.label_smoothing)
+            return mean_over_processes((row_weights * losses).sum(), (row_weights * weight[targets]).sum())
         if self.weight is None:
-            return mean_over_processes(F.cross_entropy(logits, targets, reduction="sum"), len(targets))
+            total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+            return mean_over_processes(total, len(targets))
         weight = self.weight.to(logits)
-        total = F.cross_entropy(logits, targets, weight, reduction="sum")
+        total = F.cross_entropy(logits, targets, weight, reduction="sum", label_smoothing=self.label_smoothing)
         return mean_over_processes(total, weight[targets].sum())

@@ -16,11 +16,17 @@ class LDAMLoss(nn.Module):
     ``row_weights`` r [B] counts as r rows.
     """
 
-    def __init__(self, class_counts: Sequence[int] | Tensor, max_margin: float = 0.3, weight: Tensor | None = None):
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        max_margin: float = 0.3,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ):
         super().__init__()
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
         self.register_buffer("margins", (max_margin * (counts.min() / counts) ** 0.25).float(), persistent=False)
-        self.cross_entropy = CrossEntropyLoss(weight)
+        self.cross_entropy = CrossEntropyLoss(weight, label_smoothing)
 
     @in_float32
     def forward(

@@ -40,6 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weights", type=Path, metavar="FILE", help="start from this state dict (.safetensors, .pt, .pth)"
     )
+    add_switch(group, "--freeze_backbone", False, "train heads only, on the features of --weights or --pretrained")
     add_head_flags(parser)
 
 
@@ -51,9 +52,12 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
         )
     if args.pretrained and args.weights:
         raise Refused("--pretrained and --weights both say where to start from; give one")
+    warnings = []
     if args.pretrained and args.stem == "small":
-        return ["--stem small replaces the first layers: their pretrained weights are not used"]
-    return []
+        warnings.append("--stem small replaces the first layers: their pretrained weights are not used")
+    if args.freeze_backbone and not (args.pretrained or args.weights):
+        warnings.append("--freeze_backbone without --weights or --pretrained: the features stay as they are drawn")
+    return warnings
 
 
 def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_generator: bool) -> LongTailClassifier:
@@ -62,13 +66,18 @@ def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_gene
     backbone = ARCHITECTURES[args.arch](args)
     width = backbone.num_features
     heads = build_heads(args, width, len(class_counts))
-    projection = None
-    if args.supcon_projection_dim:
-        projection = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, args.supcon_projection_dim)
-        )
+    projection = _projection(width, args.supcon_projection_dim) if args.supcon_projection_dim else None
+    prototypes = None
+    if args.supcon_balance:  # through layers of their own, as in BCL; without a projection as they are
+        prototypes = _projection(width, args.supcon_projection_dim) if args.supcon_projection_dim else nn.Identity()
     generator = build_generator(args, backbone.map_channels, class_counts) if with_generator else None
-    return LongTailClassifier(backbone, heads, projection, generator)
+    model = LongTailClassifier(backbone, heads, projection, generator, prototypes)
+    model.freeze_backbone = args.freeze_backbone
+    return model
+
+
+def _projection(width: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, size))
 
 
 def load_backbone_weights(backbone: Backbone, path: Path) -> list[str]:

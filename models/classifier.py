@@ -14,13 +14,17 @@ class Output(NamedTuple):
     scales: dict[str, float | Tensor]  # head name -> what it has multiplied its cosines by
     targets: Tensor | None  # [B']
     # the generator's losses, "center_distance" and, where it generates, "maps" and "tail_rows" [B' - B], the row that
-    # each generated one stems from; "projections" [B', P]
+    # each generated one stems from; "projections" [B', P]; "prototypes" [C, P], or [C, D] without a projection
     auxiliary: dict[str, Tensor]
+    mixed_logits: dict[str, Tensor] | None = None  # of mixed images: with margins on the targets of the other image
+    mixed_targets: Tensor | None = None  # [B]
 
 
 class LongTailClassifier(nn.Module):
     """Backbone, generator and heads. The generator works between ``backbone.lower`` and ``backbone.upper``, in
-    training only; the model without it predicts the same."""
+    training only; the model without it predicts the same. ``prototypes`` makes SupCon's of the main head's weights.
+
+    With `freeze_backbone` the backbone learns nothing, its running statistics included."""
 
     def __init__(
         self,
@@ -28,15 +32,24 @@ class LongTailClassifier(nn.Module):
         heads: nn.ModuleDict,
         projection: nn.Module | None = None,
         generator: RareSampleGenerator | None = None,
+        prototypes: nn.Module | None = None,
     ):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
         self.projection = projection
         self.generator = generator
+        self.prototypes = prototypes
+        self.freeze_backbone = False
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Output:
-        """Images [B, 3, H, W] to an `Output`. With targets [B] margin heads apply their margin."""
+    def train(self, mode: bool = True) -> "LongTailClassifier":
+        super().train(mode)
+        self.backbone.train(mode and not self.freeze_backbone)
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, mixed_targets: Tensor | None = None) -> Output:
+        """Images [B, 3, H, W] to an `Output`. With targets [B] margin heads apply their margin; ``mixed_targets`` are
+        those of the images mixed into them."""
         maps, auxiliary = self.backbone.lower(images), {}
         if self.generator is not None and self.training and targets is not None:
             maps, targets, auxiliary = self.generator(maps, targets)
@@ -47,15 +60,22 @@ class LongTailClassifier(nn.Module):
         features = self.backbone.upper(maps)
         if self.projection is not None and self.training:
             auxiliary["projections"] = self.projection(features)
-        logits = {name: head(features, targets) for name, head in self.heads.items()}
+        if self.prototypes is not None and self.training:
+            auxiliary["prototypes"] = self.prototypes(self.heads["main"].weight)
         scales = {name: head.scale_of(features) for name, head in self.heads.items()}
-        return Output(features, logits, scales, targets, auxiliary)
+        if mixed_targets is None:
+            logits = {name: head(features, targets) for name, head in self.heads.items()}
+            return Output(features, logits, scales, targets, auxiliary)
+        pairs = {name: head.for_mixed(features, targets, mixed_targets) for name, head in self.heads.items()}
+        logits, mixed_logits = ({name: pair[which] for name, pair in pairs.items()} for which in (0, 1))
+        return Output(features, logits, scales, targets, auxiliary, mixed_logits, mixed_targets)
 
     def start_phase(self, generating: bool, heads_trained: bool, projection_trained: bool) -> tuple[bool, ...]:
         """Prepare an epoch. Parameters that no loss reaches are marked so: they keep no gradient, the optimiser leaves
         them alone, and several processes need not search for them. Returns the phase; equal phases are alike."""
         self.requires_grad_(True)
         self.zero_grad()
+        self.backbone.requires_grad_(not self.freeze_backbone)
         self.heads.requires_grad_(heads_trained)
         if self.projection is not None:
             self.projection.requires_grad_(projection_trained)

@@ -25,6 +25,10 @@ class Linear(nn.Linear):
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         return super().forward(features)
 
+    def for_mixed(self, features: Tensor, targets: Tensor, mixed_targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self(features)
+        return logits, logits
+
 
 class CosineHead(nn.Module):
     """Logits are a scale times the cosines between the features and one direction per class; no bias.
@@ -46,13 +50,31 @@ class CosineHead(nn.Module):
         """What the margin adds to the target's logits [B, 1], given the scale; None without a margin."""
         return None
 
+    def count_step(self) -> None:
+        """Called once in each forward pass with targets, before `margin_shift`."""
+
     @in_float32
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        # dividing by the norms after the product keeps one [B, C] and no normalised copy of features or weights
-        scale = self.scale_of(features)
-        logits = F.linear(features, self.weight) * (scale * inverse_norm(features) * inverse_norm(self.weight).T)
+        logits, scale = self._scaled_cosines(features)
         if targets is None:
             return logits
+        self.count_step()
+        return self._with_margin(logits, targets, scale)
+
+    @in_float32
+    def for_mixed(self, features: Tensor, targets: Tensor, mixed_targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of mixed images: with the margin on the targets of the one image, and on those of the other."""
+        logits, scale = self._scaled_cosines(features)
+        self.count_step()
+        return self._with_margin(logits.clone(), targets, scale), self._with_margin(logits, mixed_targets, scale)
+
+    def _scaled_cosines(self, features: Tensor) -> tuple[Tensor, float | Tensor]:
+        # dividing by the norms after the product keeps one [B, C] and no normalised copy of features or weights
+        scale = self.scale_of(features)
+        return F.linear(features, self.weight) * (scale * inverse_norm(features) * inverse_norm(self.weight).T), scale
+
+    def _with_margin(self, logits: Tensor, targets: Tensor, scale: float | Tensor) -> Tensor:
+        """``logits``, shifted in place."""
         # index_select, unlike gather, does not keep the logits for backward, so that they can be shifted in place
         index = torch.arange(len(targets), device=targets.device) * logits.shape[1] + targets
         shift = self.margin_shift(logits.flatten().index_select(0, index)[:, None], scale)
@@ -125,9 +147,11 @@ class SphereFaceHead(CosineHead):
     def scale_of(self, features: Tensor) -> Tensor:
         return torch.linalg.vector_norm(features, dim=1, keepdim=True)
 
-    def margin_shift(self, target_logits: Tensor, scale: Tensor) -> Tensor:
+    def count_step(self) -> None:
         if self.training:
             self.step += 1
+
+    def margin_shift(self, target_logits: Tensor, scale: Tensor) -> Tensor:
         weight = self.lambda_base * (1 + self.lambda_gamma * self.step) ** -self.lambda_power
         weight = weight.clamp_min(self.lambda_min)
         cosines = target_logits * safe_reciprocal(scale)

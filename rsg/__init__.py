@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from engine.flags import add_switch, number_in
+from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
 from rsg.generator import RareSampleGenerator, head_classes
 
 __all__ = ["RareSampleGenerator", "add_rsg_flags", "build_generator", "head_classes"]
@@ -17,9 +17,10 @@ def add_rsg_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--epoch_thresh",
-        type=number_in(-1, kind=int),
+        type=epoch_or_share(-1),
         metavar="E",
-        help="rows are generated in epochs > E, counted from 0; default: floor(0.8 epochs) - 1, the last fifth",
+        help="rows are generated in epochs > E, counted from 0, or with a point after that share of the epochs; "
+        "default: floor(0.8 epochs) - 1, the last fifth",
     )
     group.add_argument("--rsg_centers", type=number_in(1, kind=int), default=15, metavar="K", help="centres per class")
     group.add_argument(
@@ -38,8 +39,11 @@ def add_rsg_flags(parser: argparse.ArgumentParser) -> None:
 
 def generates(args: argparse.Namespace, epoch: int) -> bool:
     """Whether rows are generated in ``epoch``."""
-    last_without = 4 * args.epochs // 5 - 1 if args.epoch_thresh is None else args.epoch_thresh
-    return epoch > last_without
+    if args.epoch_thresh is None:
+        return epoch > 4 * args.epochs // 5 - 1
+    if isinstance(args.epoch_thresh, float):
+        return epoch >= resolved_epoch(args, "epoch_thresh")
+    return epoch > args.epoch_thresh
 
 
 def check_rsg_flags(args: argparse.Namespace) -> list[str]:

@@ -290,7 +290,8 @@ def training(split: Split, size: int, **options) -> TrainingLoader:
 def equal(batches: list[Batch], others: list[Batch]) -> bool:
     """The same bits in the same batches."""
     pairs = list(zip(batches, others, strict=True))
-    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+    values = [(a, b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in values)
 
 
 def colours(images: torch.Tensor) -> torch.Tensor:

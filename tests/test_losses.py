@@ -141,7 +141,7 @@ def test_a_beta_outside_its_range_is_an_error(beta):
 
 
 def cross_entropy(weight=None):
-    return CLASSIFICATION_LOSSES["cross_entropy"][1](None, None, weight)
+    return CLASSIFICATION_LOSSES["cross_entropy"][1](default_flags(), None, weight)
 
 
 @pytest.mark.parametrize(
