@@ -118,7 +118,7 @@ class Plan:
             job.start.relative_to(self.root) if job.start.is_relative_to(self.root) else job.start
         )
         own = {"class": job.class_name, "index": job.index, "prompt": job.prompt, "seed": job.seed, "start": start}
-        return asdict(self.recipe) | own
+        return own | {key: value for key, value in asdict(self.recipe).items() if key not in own}
 
     def refuse_other_recipe(self, rows: list[dict], folder: Path) -> None:
         """`Refused` when ``rows`` were not made as this plan would make them."""

@@ -85,6 +85,17 @@ def read_record(folder: Path) -> dict:
     return record
 
 
+def synthetic_use(record: dict) -> dict:
+    """What a report says of synthetic images among those that a run was trained on; empty when there were none."""
+    if "synthetic_counts" not in record:
+        return {}
+    made, all_images = sum(record["synthetic_counts"]), sum(record["class_counts"])
+    if not record["flags"]["count_synthetic"]:
+        all_images += made
+    weight = record["flags"]["synthetic_weight"]
+    return {"synthetic": {"images": made, "share": made / all_images, "weight": weight}}
+
+
 def code_commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

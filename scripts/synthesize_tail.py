@@ -165,7 +165,7 @@ def outcome(args, plan: Plan, manifest: Manifest) -> str:
     kept = Counter(row["class"] for row in rows if row["kept"])
     lines = [f"kept {sum(kept.values())} of {len(rows)} images in {manifest.folder}"]
     lines += [f"{number:6d}  {reason}" for reason, number in reasons.most_common()]
-    short = [f"{name} {kept[name]} of {number}" for name, number in plan.wanted.items() if kept[name] < number]
+    short = [f"{name}: {kept[name]} of {number}" for name, number in plan.wanted.items() if kept[name] < number]
     if short:
         shown = ", ".join(short[:8]) + (f" and {len(short) - 8} more" if len(short) > 8 else "")
         lines.append(f"fewer than wanted: {shown}; a higher --max_candidates draws more")
