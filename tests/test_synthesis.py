@@ -212,6 +212,7 @@ def test_the_whole_path_with_a_kill_in_the_middle(tiny_dataset, flags, tmp_path,
         if (killed / "manifest.jsonl").exists() and len((killed / "manifest.jsonl").read_text().splitlines()) > 5:
             process.send_signal(signal.SIGKILL)
             break
+        time.sleep(0.02)
     assert process.wait() == -signal.SIGKILL
     done = rows_in(killed)
     assert 5 < len(done) < 56
@@ -393,39 +394,39 @@ def test_near_duplicates_of_the_first_images_are_those_pairs_of_all():
 
 
 def test_a_digits_run_keeps_out_what_it_takes_for_another_class(tmp_path):
-    """Scikit-learn's digits, 8x8 px: 20 of each to train on; the 5 after them are candidates, in their class or not."""
+    """Scikit-learn's digits 0 to 3, 8x8 px: 20 of each to train on, the 5 after them are candidates.
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    for label in range(10):
+    for label in range(4):
         folder = tmp_path / "digits" / "train" / str(label)
         folder.mkdir(parents=True)
         for index, image in enumerate(pixels[labels == label][:20]):
             Image.fromarray(image).save(folder / f"{index}.png")
     losses = ["--add_supcon_loss", "False", "--add_rsg", "False", "--hflip", "False", "--add_cross_entropy_loss"]
-    run = train(tmp_path / "digits", tmp_path, *losses, "--epochs", "6", "--batch_size", "20", "--lr", "0.05")
+    run = train(tmp_path / "digits", tmp_path, *losses, "--epochs", "10", "--batch_size", "20", "--lr", "0.05")
     model, prepared, classes = load_run(run)
-    images = [Image.fromarray(image) for label in range(10) for image in pixels[labels == label][20:25]]
-    targets = [str(label if index < 4 else (label + 5) % 10) for label in range(10) for index in range(5)]
+    images = [Image.fromarray(image) for label in range(4) for image in pixels[labels == label][20:25]]
+    targets = [str(label if index < 4 else (label + 2) % 4) for label in range(4) for index in range(5)]
     rows = candidates(tmp_path / "made", images)
     rows = [row | {"class": target} for row, target in zip(rows, targets, strict=True)]
     folders = read_image_folders(tmp_path / "digits")
-    for first in (1, 3):
+    for first in (1, 2):
         agreement = Agreement(run, first, folders.classes, CPU, 1)
-        Filters(folders, tmp_path / "made", agreement, 1).judge(rows, dict.fromkeys(classes, 50))
+        Filters(folders, tmp_path / "made", agreement, 1).judge(rows, dict.fromkeys(classes, 20))
         reasons = []
         for row, image in zip(rows, images, strict=True):
             with torch.no_grad():
                 logits = model(prepared(image.convert("RGB"))[None]).logits["main"][0].tolist()
-            ranking = sorted(range(10), key=lambda label: -logits[label])
+            ranking = sorted(range(4), key=lambda label: -logits[label])
             agreed = int(row["class"]) in ranking[:first]
             if not (row["why"] or "").startswith("near-duplicate"):
                 reasons.append(None if agreed else f"wrong class: run takes it for {ranking[0]}")
                 assert row["why"] == reasons[-1]
         if first == 1:
-            assert reasons.count(None) > 20
-            assert sum("wrong" in (row["why"] or "") for row in rows[4::5]) >= 7  # of the 10 in a class not their own
+            assert reasons.count(None) >= 10
+            assert sum("wrong" in (row["why"] or "") for row in rows[4::5]) >= 3  # of the 4 in a class not their own
     with pytest.raises(Refused, match="other classes"):
-        Agreement(run, 1, folders.classes[:9], CPU, 1)
+        Agreement(run, 1, folders.classes[:3], CPU, 1)
 
 
 def test_rejected_images_are_replaced_and_judged_again_without_drawing(tiny_dataset, flags, monkeypatch):
