@@ -25,15 +25,16 @@ TITLES = {  # measure: (title, factor, decimals)
 }
 EXACT = ("parameters",)  # no deviation: the same for every seed
 NOTES = (
-    "Mean ± sample standard deviation over seeds; n = 1 has none. Test accuracies of the epoch chosen on val/ (the last "
-    "one where there is no val/); balanced: mean recall of the classes; many, medium, few: classes of more than 100, 20 "
-    "to 100, fewer than 20 training images. Parameters: those of the tested model, without the generator. Peak memory: "
-    "of the allocator on a GPU, of the process on a CPU.",
-    "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test images, "
-    "resampled within their class, the same for both (1,000 resamples): how far the test images decide between these "
-    "trained models. What another seed would do is the standard deviation's to say.",
-    "McNemar: images that only the first : only the second gets right, for each pair of runs (k-th seed with k-th seed); "
-    "p: exact, two-sided, the smallest times the number of such pairs; p (Holm): corrected for all comparisons here.",
+    "Mean ± sample standard deviation over seeds; n = 1 has none. Test accuracies of the epoch chosen on val/ (the "
+    "last one where there is no val/); balanced: mean recall of the classes; many, medium, few: classes of more than "
+    "100, 20 to 100, fewer than 20 training images. Parameters: those of the tested model, without the generator. Peak "
+    "memory: of the allocator on a GPU, of the process on a CPU.",
+    "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test "
+    "images, resampled within their class, the same for both (1,000 resamples): how far the test images decide between "
+    "these trained models. What another seed would do is the standard deviation's to say.",
+    "McNemar: images that only the first : only the second gets right, for each pair of runs (k-th seed with k-th "
+    "seed); p: exact, two-sided, the smallest times the number of such pairs; p (Holm): corrected for all comparisons "
+    "here.",
 )
 
 

@@ -14,19 +14,18 @@ import io
 import os
 from pathlib import Path
 
-from engine.compare import Run, check_same_splits, grouped, mean_and_deviation, paired_tests, read_run, what_is_missing
-from engine.compare_page import (
-    GENERATOR,
-    NOTES,
-    TITLES,
+from engine.compare import (
     Group,
     Pair,
-    figure_png,
-    group_table,
-    html_page,
-    markdown,
-    pair_table,
+    Run,
+    check_same_splits,
+    grouped,
+    mean_and_deviation,
+    paired_tests,
+    read_run,
+    what_is_missing,
 )
+from engine.compare_page import GENERATOR, NOTES, TITLES, figure_png, group_table, html_page, markdown, pair_table
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
@@ -95,7 +94,8 @@ def remarks_on(runs: list[Run]) -> list[str]:
 
 def write_comparison(output: Path, groups: list[Group], pairs: list[Pair], remarks: list[str]) -> None:
     """Print the tables and write `FILES`, the page first: by it the others are known as ours."""
-    title = f"Comparison of {sum(len(group.runs) for group in groups)} runs: {groups[0].runs[0].record['flags']['data_dir']}"
+    runs = [run for group in groups for run in group.runs]
+    title = f"Comparison of {len(runs)} runs: {runs[0].record['flags']['data_dir']}"
     png = figure_png(groups)
     tables = [markdown(group_table(groups)), *([markdown(pair_table(pairs))] if pairs else [])]
     notes = NOTES if pairs else NOTES[:1]

@@ -21,7 +21,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -181,7 +180,7 @@ def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set
 
 
 def check_folder(run: Run) -> None:
-    """`Refused` when the folder holds a run that was told something else, as after a change of the script's settings."""
+    """`Refused` when the folder holds a run that was told something else, as after a change of the settings."""
     try:
         RunFolder(parsed(f"run {run.name}", run.commands[0][2:]))
     except Refused as error:
