@@ -18,7 +18,7 @@ from engine.errors import Refused, one_line_errors
 from engine.evaluate import PREDICT_WITH, chosen_logits, class_means, default_head, predict
 from engine.flags import Parser, number_in
 from engine.numerics import AMP, autocast_dtype
-from engine.record import read_record
+from engine.record import read_record, synthetic_use
 from engine.run import default_weights, find_run, load_run, pixels_of, read_weights
 from models.heads import margin_heads_on
 from rsg import head_classes
@@ -105,6 +105,7 @@ def main(args: argparse.Namespace) -> dict:
     }
     result["split_hash"] = split_hash(folders)
     result["weights_hash"] = hashlib.sha256((run / f"{weights}.safetensors").read_bytes()).hexdigest()
+    result |= synthetic_use(record)
     result["last"] = summary if weights == "last" else tested("last")[1]
     if args.data_dir is None and result["split_hash"] != record["split_hash"]:
         warn(f"{root} no longer holds the images that the run was trained with")

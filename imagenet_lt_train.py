@@ -10,8 +10,7 @@ import secrets
 
 import torch
 
-from data.build import build_pixels, build_training_loader, check_data, check_data_flags, sampler_of
-from data.folders import read_image_folders
+from data.build import build_pixels, build_training_loader, check_data, check_data_flags, read_data, sampler_of
 from data.loaders import TrainingLoader
 from engine import distributed, files
 from engine.console import say, warn
@@ -55,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
-    folders = read_image_folders(args.data_dir, args.list_dir)
+    folders = read_data(args)
     check_data(args, folders)
     run = RunFolder(args)
     saved = read_state(run.path, device) if run.record else None

@@ -1,15 +1,17 @@
 """From flags to loaders."""
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 
 from data.augment import AUGMENTATIONS, POLICIES
-from data.folders import ImageFolders, Split
+from data.folders import ImageFolders, Split, read_image_folders
 from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader, own_size
 from data.samplers import SAMPLERS
+from data.synthesis import read_kept_images
 from engine import distributed
 from engine.console import warn
 from engine.errors import Refused
@@ -53,6 +55,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="uniform before epoch E, --sampler from it on (DRS); 0.8: from that share of the epochs on",
     )
+    group.add_argument(
+        "--synthetic_weight",
+        type=number_in(0),
+        default=0.0,
+        metavar="W",
+        help="of synthetic images in the losses, a real one is 1; 0 leaves them out",
+    )
+    group.add_argument(
+        "--synthetic_dir",
+        type=Path,
+        metavar="DIR",
+        help="of scripts/synthesize_tail.py; default: synthetic/ in the data",
+    )
+    add_switch(group, "--count_synthetic", False, "in class weights, margins, groups, generator and samplers")
     group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
     group.add_argument(
         "--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="of decoded images in memory"
@@ -60,7 +76,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> list[str]:
-    """A warning about deferred sampling that changes nothing; `Refused` for augmentations that cannot go together."""
+    """Warnings about flags that change nothing; `Refused` for augmentations that cannot go together."""
     if len(policies := [name for name in args.augment if name in POLICIES]) > 1:
         raise Refused(
             f"--augment {' '.join(policies)}: each is a whole policy; give one of them, and cutout if you like"
@@ -71,9 +87,12 @@ def check_data_flags(args: argparse.Namespace) -> list[str]:
         raise Refused(
             f"{' and '.join(mixes)}: a mixed image is of no one class, as SupCon and RSG need it; add {' '.join(needy)}"
         )
+    warnings = []
     if args.drs_epoch is not None and args.sampler == "uniform":
-        return ["--drs_epoch changes nothing: --sampler uniform is in force before it, too"]
-    return []
+        warnings.append("--drs_epoch changes nothing: --sampler uniform is in force before it, too")
+    if not args.synthetic_weight and (args.count_synthetic or args.synthetic_dir):
+        warnings.append("--count_synthetic and --synthetic_dir change nothing: --synthetic_weight is 0")
+    return warnings
 
 
 def sampler_of(args: argparse.Namespace, epoch: int) -> str:
@@ -81,6 +100,15 @@ def sampler_of(args: argparse.Namespace, epoch: int) -> str:
     if args.drs_epoch is None:
         return args.sampler or "uniform"
     return (args.sampler or "balanced") if epoch >= resolved_epoch(args, "drs_epoch") else "uniform"
+
+
+def read_data(args: argparse.Namespace) -> ImageFolders:
+    """The data set that the flags name, with its synthetic images when they have a weight."""
+    folders = read_image_folders(args.data_dir, args.list_dir)
+    if not args.synthetic_weight:
+        return folders
+    synthetic = read_kept_images(args.synthetic_dir or args.data_dir / "synthetic", folders.classes)
+    return dataclasses.replace(folders, synthetic=synthetic, count_synthetic=args.count_synthetic)
 
 
 def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
@@ -134,6 +162,9 @@ def build_training_loader(
         tuple(args.augment),
         args.mixup,
         args.cutmix,
+        folders.synthetic,
+        args.synthetic_weight,
+        folders.class_counts,
     )
 
 

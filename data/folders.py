@@ -37,11 +37,23 @@ class ImageFolders:
     classes: list[str]
     splits: dict[str, Split]  # train, and val and test where they exist
     about: dict = field(default_factory=dict)  # dataset.json: "source", "readable_names" {class: name}, "hflip"
+    synthetic: Split | None = None  # images to train on besides the real ones
+    count_synthetic: bool = False  # in `class_counts`
 
     @property
     def class_counts(self) -> list[int]:
         """Training images by class, in class-index order."""
-        counts = Counter(self.splits["train"].targets)
+        counts = self._by_class(self.splits["train"])
+        if self.count_synthetic:
+            counts = [real + made for real, made in zip(counts, self.synthetic_counts, strict=True)]
+        return counts
+
+    @property
+    def synthetic_counts(self) -> list[int]:
+        return self._by_class(self.synthetic or Split([], []))
+
+    def _by_class(self, split: Split) -> list[int]:
+        counts = Counter(split.targets)
         return [counts[index] for index in range(len(self.classes))]
 
     @property
@@ -170,6 +182,15 @@ def split_hash(folders: ImageFolders) -> str:
     return hash_of_lines(
         f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name, path in tqdm(names.items(), "hashing", unit="image", disable=None, leave=False)
+    )
+
+
+def synthetic_hash(folders: ImageFolders) -> str:
+    """SHA-256 that names exactly these synthetic images: `split_hash` of a split ``synthetic``."""
+    paths, targets = folders.synthetic
+    return hash_of_lines(
+        f"synthetic/{folders.classes[target]}/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path, target in zip(paths, targets, strict=True)
     )
 
 

@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     indices: Tensor  # [V * B] positions in the split, on the CPU
     mixed_targets: Tensor | None = None  # [V * B] of the images mixed into these
     share: float = 1.0  # of an image in its mixture
+    # where synthetic images are in use, and None elsewhere: what an image counts in the losses, and whether it is real
+    weights: Tensor | None = None  # [V * B]
+    real: Tensor | None = None  # bool [V * B]
+    mixed_weights: Tensor | None = None  # [V * B], and whether they are real: of the images mixed into these
+    mixed_real: Tensor | None = None
 
 
 class Pixels(NamedTuple):
@@ -58,7 +63,8 @@ class TrainingLoader:
     Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
     made by worker processes, and the device jitters their colours. With two views every image comes twice.
     ``augment`` names `AUGMENTATIONS`: one policy, cutout, or both. ``mixup`` and ``cutmix`` are the A of Beta(A, A);
-    each process mixes its own rows, after all else.
+    each process mixes its own rows, after all else. ``synthetic`` images come after those of ``split`` and count
+    ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
     """
 
     def __init__(
@@ -75,7 +81,16 @@ class TrainingLoader:
         augment: tuple[str, ...] = (),
         mixup: float | None = None,
         cutmix: float | None = None,
+        synthetic: Split | None = None,
+        synthetic_weight: float = 1.0,
+        class_counts: list[int] | None = None,
     ):
+        self.weights = self.real = self.class_counts = None
+        if synthetic is not None:
+            self.real = torch.arange(len(split.paths) + len(synthetic.paths)) < len(split.paths)
+            self.weights = torch.where(self.real, 1.0, synthetic_weight)
+            self.class_counts = torch.tensor(class_counts, dtype=torch.double)
+            split = Split(split.paths + synthetic.paths, split.targets + synthetic.targets)
         self.paths, self.targets = split.paths, torch.tensor(split.targets)
         self.augment, self.mixup, self.cutmix = augment, mixup, cutmix
         self.policy = next((Policy(name, pixels.size) for name in augment if name in POLICIES), None)
@@ -93,7 +108,7 @@ class TrainingLoader:
 
     def epoch(self, epoch: int, sampler: str = "uniform", first_batch: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_batch`` on: this process's share of each."""
-        order = epoch_order(self.targets, sampler, self.seed, epoch)
+        order = epoch_order(self.targets, sampler, self.seed, epoch, self.class_counts)
         draws = epoch_draws(self.views * len(order), self.seed, epoch)
         if self.augment:
             draws = torch.cat([draws, policy_draws(len(draws), self.seed, epoch)], dim=1)
@@ -113,10 +128,15 @@ class TrainingLoader:
         if self.policy is not None and self.small:
             shown = self.with_policy(shown)
         batches = (
-            Batch(self.coloured(images, numbers), self.targets[batch].to(self.device, non_blocking=True), batch)
+            Batch(self.coloured(images, numbers), self.rows_of(self.targets, batch), batch)._replace(
+                weights=self.rows_of(self.weights, batch), real=self.rows_of(self.real, batch)
+            )
             for (images, numbers), batch in zip(shown, indices, strict=True)
         )
         return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
+
+    def rows_of(self, values: Tensor | None, batch: Tensor) -> Tensor | None:
+        return None if values is None else values[batch].to(self.device, non_blocking=True)
 
     def cropped(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 images cropped, which has been done for larger ones, and mirrored."""
@@ -145,8 +165,12 @@ class TrainingLoader:
         for batch, mixing in zip(batches, mixings[first_batch:], strict=True):
             views = batch.images.unflatten(0, (self.views, -1))
             images = torch.cat([transforms.mixed(view, mixing) for view in views])
-            others = batch.targets.view(self.views, -1).roll(-1, dims=1).flatten()
-            yield batch._replace(images=images, mixed_targets=others, share=mixing.share)
+            others = {
+                f"mixed_{name}": rows.view(self.views, -1).roll(-1, dims=1).flatten()
+                for name in ("targets", "weights", "real")
+                if (rows := getattr(batch, name)) is not None
+            }
+            yield batch._replace(images=images, share=mixing.share, **others)
 
 
 class EvaluationLoader:

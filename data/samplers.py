@@ -9,15 +9,20 @@ from data.transforms import DRAWS, POLICY_DRAWS, Mixing, cutmix_box
 SAMPLERS = {"uniform": None, "balanced": 0.0, "sqrt": 0.5}  # a class is drawn with probability ~ n ** power
 
 
-def epoch_order(targets: Tensor, sampler: str, seed: int, epoch: int) -> Tensor:
-    """len(targets) indices: a permutation (``uniform``), or draws with replacement, class first, image second."""
+def epoch_order(targets: Tensor, sampler: str, seed: int, epoch: int, class_counts: Tensor | None = None) -> Tensor:
+    """len(targets) indices: a permutation (``uniform``), or draws with replacement, class first, image second.
+
+    ``class_counts`` decides the chance of a class where it is not that of ``targets``.
+    """
     generator = torch.Generator().manual_seed(_mixed(seed, epoch, 0))
     power = SAMPLERS[sampler]
     if power is None:
         return torch.randperm(len(targets), generator=generator)
-    class_counts = targets.bincount().double()
-    weights = (class_counts ** (power - 1))[targets]  # n^power for the class, 1/n for an image within it
-    return torch.multinomial(weights, len(targets), replacement=True, generator=generator)
+    members = targets.bincount().double()
+    weights = members ** (power - 1)  # n^power for the class, 1/n for an image within it
+    if class_counts is not None:
+        weights = weights * (class_counts / members) ** power
+    return torch.multinomial(weights[targets], len(targets), replacement=True, generator=generator)
 
 
 def epoch_draws(num_draws: int, seed: int, epoch: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run says of itself: args.json and the lines at its start."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.folders import ImageFolders, split_hash
+from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
 from engine import files
 from engine.errors import Refused
@@ -41,6 +42,9 @@ def new_record(
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     generator = sum(size for name, size in sizes.items() if name.startswith("generator."))
+    synthetic = {}
+    if folders.synthetic:
+        synthetic = {"synthetic_counts": folders.synthetic_counts, "synthetic_hash": synthetic_hash(folders)}
     limit = center_lr_limit(args, model, pixels.size)
     return {
         "flags": plain_flags(args),
@@ -51,6 +55,7 @@ def new_record(
         "mean": pixels.mean,
         "std": pixels.std,
         "split_hash": split_hash(folders),
+        **synthetic,
         "parameters": sum(size for name, size in sizes.items() if name.startswith(("backbone.", "heads."))),
         "generator_parameters": generator,
         "objective": str(build_objective(args, folders.class_counts)),
@@ -80,6 +85,17 @@ def read_record(folder: Path) -> dict:
     return record
 
 
+def synthetic_use(record: dict) -> dict:
+    """What a report says of synthetic images among those that a run was trained on; empty when there were none."""
+    if "synthetic_counts" not in record:
+        return {}
+    made, all_images = sum(record["synthetic_counts"]), sum(record["class_counts"])
+    if not record["flags"]["count_synthetic"]:
+        all_images += made
+    weight = record["flags"]["synthetic_weight"]
+    return {"synthetic": {"images": made, "share": made / all_images, "weight": weight}}
+
+
 def code_commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -93,7 +109,8 @@ def code_commit() -> str | None:
 
 def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
     """The lines at the start of a run."""
-    counts, flips = record["class_counts"], folders.flips if args.hflip is None else args.hflip
+    flips = folders.flips if args.hflip is None else args.hflip
+    counts = dataclasses.replace(folders, count_synthetic=False).class_counts
     images = {name: len(split.paths) for name, split in folders.splits.items()}
     data = (
         f"data       {folders.root}: {len(counts)} classes of {max(counts)} to {min(counts)} training images "
@@ -106,6 +123,14 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
+    if folders.synthetic:
+        made = record["synthetic_counts"]
+        lines.insert(
+            1,
+            f"synthetic  {sum(made)} images of {sum(map(bool, made))} classes, {sum(made) / sum(made + counts):.1%} of "
+            f"the images to train on; weight {args.synthetic_weight:g}, "
+            f"{'counted' if args.count_synthetic else 'not counted'} in class counts; {record['synthetic_hash'][:12]}",
+        )
     changes = [*args.augment, *(f"{name} {value:g}" for name in ("mixup", "cutmix") if (value := getattr(args, name)))]
     if changes:
         lines.insert(1, f"           augmented by {', '.join(changes)}")

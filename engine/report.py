@@ -40,7 +40,10 @@ def write_report(
     confusion = confusion_matrix(targets, logits.argmax(axis=1), len(classes))
     files = [os.path.relpath(path, folders.root) for path in paths]
     write_atomically(folder / "logits.npz", lambda file: np.savez_compressed(file, logits=logits, targets=targets))
-    write_per_class(folder / "per_class.csv", confusion, classes, counts)
+    real, synthetic = np.array(counts), record.get("synthetic_counts")
+    if synthetic and record["flags"]["count_synthetic"]:
+        real -= synthetic
+    write_per_class(folder / "per_class.csv", confusion, classes, real.tolist(), synthetic)
     write_predictions(folder / "predictions.csv", files, targets, softmax(logits, axis=1), classes)
     names = record["readable_names"]
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
@@ -60,6 +63,9 @@ def table(result: dict) -> str:
             interval = f"  [{factor * low:.2f}, {factor * high:.2f}]" if low is not None else ""
             number = f"  {number_of_classes(result['counts'][name])}" if name in result["counts"] else ""
             lines.append(f"{name:18s} {value}{interval}{number}")
+    if "synthetic" in result:
+        images, share, weight = result["synthetic"].values()
+        lines.append(f"trained with {images} synthetic images, {share:.1%} of all, of weight {weight:g}")
     return "\n".join(lines)
 
 
@@ -73,8 +79,10 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))  # names are bytes
 
 
-def write_per_class(path: Path, confusion: np.ndarray, classes: list[str], class_counts: list[int]) -> None:
-    """per_class.csv; empty where a class has no image of this split."""
+def write_per_class(
+    path: Path, confusion: np.ndarray, classes: list[str], real: list[int], synthetic: list[int] | None = None
+) -> None:
+    """per_class.csv; empty where a class has no image of this split. ``real`` and ``synthetic`` training images."""
     recall, precision, f1 = per_class(confusion)
     wrong = confusion - np.diag(confusion.diagonal())
     rows = []
@@ -82,8 +90,10 @@ def write_per_class(path: Path, confusion: np.ndarray, classes: list[str], class
         confused_with = classes[wrong[index].argmax()] if wrong[index].any() else ""
         numbers = [f"{value:.6f}" for value in (recall[index], precision[index], f1[index])]
         numbers = numbers if confusion[index].any() else ["", "", ""]
-        rows.append([name, class_counts[index], confusion[index].sum(), *numbers, confused_with])
+        rows.append([name, real[index], confusion[index].sum(), *numbers, confused_with])
     header = ["class", "train_images", "test_images", "recall", "precision", "f1", "most_confused_with"]
+    if synthetic:
+        header, rows = [*header, "synthetic_images"], [[*row, n] for row, n in zip(rows, synthetic, strict=True)]
     write_csv(path, header, rows)
 
 

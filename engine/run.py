@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from data.folders import SPLITS
 from data.loaders import Pixels
@@ -39,6 +40,7 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
     "add_sphere_loss": "sphere",
 }
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
+HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
 REPORTS = [f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES]
 
 
@@ -101,6 +103,11 @@ class RunFolder:
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
                 f"(split {record['split_hash'][:12]}, recorded {self.record['split_hash'][:12]})"
             )
+        if record.get("synthetic_hash") != self.record.get("synthetic_hash"):
+            raise Refused(
+                f"the synthetic images are not those that {self.path} was started with: they were made or judged again "
+                f"since; give the run another --run_name"
+            )
 
     def begin(self, record: dict, epoch: int, fresh: bool) -> None:
         """Make the folder ready for ``epoch``: log rows that the saved state has not seen are dropped. A fresh start
@@ -109,6 +116,10 @@ class RunFolder:
             self.writer = SummaryWriter(self.events, purge_step=epoch)
         except OSError as error:
             raise Failed(f"cannot write to {self.events}: {error.strerror}; --root_log says where events lie") from None
+        flags = {flag: str(value) for flag, value in record["flags"].items() if flag not in MAY_CHANGE}
+        experiment, session, _ = hparams(flags, dict.fromkeys(HPARAM_METRICS))  # the tab shows the tags' last values
+        for summary in (experiment, session):
+            self.writer.file_writer.add_summary(summary)
         if fresh:
             for path in [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]:
                 path.unlink()

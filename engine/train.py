@@ -51,7 +51,7 @@ def train_one_epoch(
         guard.before_forward(step)
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = forward(batch.images, batch.targets, batch.mixed_targets)
-        loss, parts = objective(output, len(batch.images), batch.share)
+        loss, parts = objective(output, len(batch.images), batch.share, batch.weights, batch.mixed_weights)
         state.scaler.scale(guard.poisoned(loss) / batches_of_update).backward()
         is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
         if is_update:
@@ -81,15 +81,17 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
 def with_batch(
     sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor
 ) -> Sums:
-    """Losses weighted by the batch's images; hits of the main head, which has no margin, on images only. A mixed image
-    is hit by as much of it as is of the predicted class."""
+    """Losses weighted by the batch's images; hits of the main head, which has no margin, on real images only. A mixed
+    image is hit by as much of it as is of the predicted class."""
     num_real = len(batch.images)
     predicted = output.logits["main"][:num_real].detach().argmax(dim=1)
-    hits = (predicted == batch.targets).sum()
+    hits = hits_on(predicted, batch.targets, batch.real)
     if batch.mixed_targets is not None:
-        hits = batch.share * hits + (1 - batch.share) * (predicted == batch.mixed_targets).sum()
+        hits = batch.share * hits + (1 - batch.share) * hits_on(predicted, batch.mixed_targets, batch.mixed_real)
     values = {"images": num_real, "train_loss": loss * num_real}
     values |= {f"loss_{part}": value * num_real for part, value in parts.items()}
+    if batch.real is not None:
+        values["real_images"] = batch.real.sum()  # also of mixed ones: each image is mixed into one other
     values |= {"train_accuracy": hits, "generated_rows": len(output.features) - num_real}
     values["skipped_batches"] = skipped * distributed.is_main()  # all processes skip together
     if "center_distance" in output.auxiliary:
@@ -97,14 +99,20 @@ def with_batch(
     return {name: sums.get(name, torch.zeros((), device=loss.device)) + value for name, value in values.items()}
 
 
+def hits_on(predicted: Tensor, targets: Tensor, real: Tensor | None) -> Tensor:
+    hits = predicted == targets
+    return (hits if real is None else hits & real).sum()
+
+
 def epoch_row(state: TrainingState, views: int) -> dict[str, float]:
     """What log.jsonl says of the epoch's training: means over the images, in all their views, of all processes."""
     totals = distributed.summed(torch.stack(list(state.sums.values()))).tolist()
     row = dict(zip(state.sums, totals, strict=True))
     images, counts = row.pop("images"), {name: int(row.pop(name)) for name in ("generated_rows", "skipped_batches")}
-    if not state.model.heads["main"].weight.requires_grad:  # no loss trains it: its accuracy would mislead
-        del row["train_accuracy"]
-    return {name: total / images for name, total in row.items()} | {
+    real_images = row.pop("real_images", images)
+    if not (real_images and state.model.heads["main"].weight.requires_grad):
+        del row["train_accuracy"]  # no real image, or a head that no loss trains: it would mislead
+    return {name: total / (real_images if name == "train_accuracy" else images) for name, total in row.items()} | {
         **counts,
         "seconds": state.seconds,
         "images_per_second": images / views / state.seconds,

@@ -13,7 +13,8 @@ class BalancedSupConLoss(nn.Module):
     ``-1/|P| sum_p [z_i z_p / T - log sum_j 1/|B_j| sum_{k in B_j} exp(z_i z_k / T)]``, where B_j are the keys of class
     j and P those of the anchor's class, both without the anchor itself. Rows and prototypes [C, D] are normalised
     here. ``features`` is [B, D], or [B, V, D] with V views of each image. With ``num_anchors`` only the first so many
-    rows are anchors. Keys come from all processes, prototypes once.
+    rows are anchors. Keys come from all processes, prototypes once. A row of ``row_weights`` r [B] counts as r anchors,
+    and as one key.
     """
 
     def __init__(self, temperature: float = 0.07):
@@ -21,9 +22,17 @@ class BalancedSupConLoss(nn.Module):
         self.temperature = temperature
 
     @in_float32
-    def forward(self, features: Tensor, targets: Tensor, prototypes: Tensor, num_anchors: int | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        prototypes: Tensor,
+        num_anchors: int | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
         if features.dim() == 3:  # [B, V, D] -> [V * B, D], view by view
             targets = targets.repeat(features.shape[1])
+            row_weights = None if row_weights is None else row_weights.repeat(features.shape[1])
             features = features.transpose(0, 1).flatten(0, 1)
         rows, prototypes = features * inverse_norm(features), prototypes.to(features.dtype)
         anchors, anchor_targets = rows[:num_anchors], targets[:num_anchors]
@@ -37,4 +46,8 @@ class BalancedSupConLoss(nn.Module):
         terms = (similarities - members.to(keys.dtype).log()).masked_fill(itself, torch.finfo(keys.dtype).min)
         positives = same & ~itself  # the prototype at least
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / positives.sum(dim=1)
-        return mean_over_processes((terms.logsumexp(dim=1) - mean_positive).sum(), len(anchors))
+        loss = terms.logsumexp(dim=1) - mean_positive
+        if row_weights is not None:
+            weights = row_weights[:num_anchors]
+            return mean_over_processes((weights * loss).sum(), weights.sum())
+        return mean_over_processes(loss.sum(), len(anchors))

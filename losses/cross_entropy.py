@@ -1,3 +1,4 @@
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,7 +9,7 @@ from engine.numerics import in_float32
 class CrossEntropyLoss(nn.Module):
     """``sum_i w_{y_i} l_i / sum_i w_{y_i}`` over the rows of all processes: `torch.nn.CrossEntropyLoss`, which divides
     by the weights of its own rows, when there is one. With ``label_smoothing`` e a target counts 1 - e, and all
-    classes, each with its weight, share e."""
+    classes, each with its weight, share e. A row of ``row_weights`` r [B] counts as r rows."""
 
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
         super().__init__()
@@ -16,7 +17,11 @@ class CrossEntropyLoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     @in_float32
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, targets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        if row_weights is not None:
+            weight = torch.ones_like(logits[0]) if self.weight is None else self.weight.to(logits)
+            losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=self.label_smoothing)
+            return mean_over_processes((row_weights * losses).sum(), (row_weights * weight[targets]).sum())
         if self.weight is None:
             total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
             return mean_over_processes(total, len(targets))

@@ -12,7 +12,8 @@ class LDAMLoss(nn.Module):
 
     Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", 2019, eq. 13: the margin of
     class j is ``max_margin * (n_min / n_j) ** (1/4)``. ``scale`` (a number or [B, 1]) is what the head has multiplied
-    its cosines by; the margin is multiplied by it too. The mean is weighted by ``weight`` [C].
+    its cosines by; the margin is multiplied by it too. The mean is weighted by ``weight`` [C]. A row of
+    ``row_weights`` r [B] counts as r rows.
     """
 
     def __init__(
@@ -28,6 +29,9 @@ class LDAMLoss(nn.Module):
         self.cross_entropy = CrossEntropyLoss(weight, label_smoothing)
 
     @in_float32
-    def forward(self, logits: Tensor, targets: Tensor, scale: float | Tensor = 30.0) -> Tensor:
+    def forward(
+        self, logits: Tensor, targets: Tensor, scale: float | Tensor = 30.0, row_weights: Tensor | None = None
+    ) -> Tensor:
         margins = self.margins[targets, None].to(logits)
-        return self.cross_entropy(logits.scatter_add(1, targets[:, None], -scale * margins), targets)
+        logits = logits.scatter_add(1, targets[:, None], -scale * margins)
+        return self.cross_entropy(logits, targets, row_weights)

@@ -12,7 +12,8 @@ class LogitAdjustedLoss(nn.Module):
 
     Menon et al., "Long-Tail Learning via Logit Adjustment", 2021, eq. 10; with ``tau`` 1 it is the balanced softmax of
     Ren et al., 2020, with 0 cross-entropy. The prior is each class's share of the training images; predictions are
-    made with the logits as they are. The mean is weighted by ``weight`` [C].
+    made with the logits as they are. The mean is weighted by ``weight`` [C]. A row of ``row_weights`` r [B] counts as r
+    rows.
     """
 
     def __init__(
@@ -28,5 +29,5 @@ class LogitAdjustedLoss(nn.Module):
         self.cross_entropy = CrossEntropyLoss(weight, label_smoothing)
 
     @in_float32
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.cross_entropy(logits + self.adjustments.to(logits), targets)
+    def forward(self, logits: Tensor, targets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        return self.cross_entropy(logits + self.adjustments.to(logits), targets, row_weights)

@@ -39,22 +39,37 @@ class Objective(nn.Module):
         self.supcon_generated, self.supcon_sees = supcon_generated, supcon_sees
         self.cesc_factor, self.mv_factor = cesc_factor, mv_factor
 
-    def forward(self, output: Output, num_real: int, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        output: Output,
+        num_real: int,
+        share: float = 1.0,
+        row_weights: Tensor | None = None,
+        mixed_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its parts by name (detached, before their factors). ``num_real`` rows come from images.
 
         Where images are mixed with others, a classification loss is ``share`` of that of their own targets and the
         rest of that of the others'.
+
+        An image of ``row_weights`` r [num_real] counts as r images in the losses of heads and features, and so does a
+        row that was generated from it; ``mixed_weights`` are those of the images mixed into these. The generator's own
+        losses do not train the model: they count every image as one.
         """
-        weighted, parts = [], {}
+        weighted, parts, own, mixed = [], {}, {}, {}
+        if row_weights is not None:
+            if "tail_rows" in output.auxiliary:
+                row_weights = torch.cat([row_weights, row_weights[output.auxiliary["tail_rows"]]])
+            own, mixed = {"row_weights": row_weights}, {"row_weights": mixed_weights}
         for part, _, factor, head, loss_fn in self.head_terms:
             scale = (output.scales[head],) if isinstance(loss_fn, LDAMLoss) else ()
-            parts[part] = loss_fn(output.logits[head], output.targets, *scale)
+            parts[part] = loss_fn(output.logits[head], output.targets, *scale, **own)
             if output.mixed_logits is not None:
-                mixed_in = loss_fn(output.mixed_logits[head], output.mixed_targets, *scale)
+                mixed_in = loss_fn(output.mixed_logits[head], output.mixed_targets, *scale, **mixed)
                 parts[part] = share * parts[part] + (1 - share) * mixed_in
             weighted.append(factor * parts[part])
         if self.supcon is not None:
-            parts["supcon"] = self.supcon_loss(output, num_real)
+            parts["supcon"] = self.supcon_loss(output, num_real, row_weights)
             weighted.append(self.supcon_factor * parts["supcon"])
         for part, factor in (("centre", self.cesc_factor), ("contrast", self.cesc_factor), ("mv", self.mv_factor)):
             if part in output.auxiliary:
@@ -62,17 +77,19 @@ class Objective(nn.Module):
                 weighted.append(factor * parts[part])
         return torch.stack(weighted).sum(), {part: value.detach() for part, value in parts.items()}
 
-    def supcon_loss(self, output: Output, num_real: int) -> Tensor:
+    def supcon_loss(self, output: Output, num_real: int, row_weights: Tensor | None = None) -> Tensor:
         """SupCon on the projections where the model has them, else on the features; `supcon_generated` says what
         generated rows are: anchors and keys ("all"), keys that do not train the generator ("keys"), or left out."""
         rows, targets = output.auxiliary.get("projections", output.features), output.targets
         prototypes = (output.auxiliary["prototypes"],) if isinstance(self.supcon, BalancedSupConLoss) else ()
         if self.supcon_generated == "none":
-            return self.supcon(rows[:num_real], targets[:num_real], *prototypes)
+            own = {} if row_weights is None else {"row_weights": row_weights[:num_real]}
+            return self.supcon(rows[:num_real], targets[:num_real], *prototypes, **own)
+        own = {} if row_weights is None else {"row_weights": row_weights}
         if self.supcon_generated == "all" or "maps" not in output.auxiliary:
-            return self.supcon(rows, targets, *prototypes)
+            return self.supcon(rows, targets, *prototypes, **own)
         # also without generated rows in this process: the backward pass meets those of the others
-        loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real)
+        loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real, **own)
         maps = output.auxiliary["maps"]
         (gradient,) = torch.autograd.grad(loss, maps, retain_graph=True)
         # its gradient is the one to take away, its value is not; float32, or a loss scale of 65536 is inf in float16

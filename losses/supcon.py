@@ -11,7 +11,7 @@ class SupConLoss(nn.Module):
     Khosla et al., "Supervised Contrastive Learning", 2020, L_out of eq. 2, averaged over the anchors that have a
     positive; 0 with gradient 0 when none has. Rows are normalised here. ``features`` is [B, D], or [B, V, D] with V
     views of each image. With ``num_anchors`` only the first so many rows are anchors; all rows are keys.
-    Keys come from all processes.
+    Keys come from all processes. A row of ``row_weights`` r [B] counts as r anchors, and as one key.
     """
 
     def __init__(self, temperature: float = 0.07):
@@ -19,9 +19,16 @@ class SupConLoss(nn.Module):
         self.temperature = temperature
 
     @in_float32
-    def forward(self, features: Tensor, targets: Tensor, num_anchors: int | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        num_anchors: int | None = None,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
         if features.dim() == 3:  # [B, V, D] -> [V * B, D], view by view
             targets = targets.repeat(features.shape[1])
+            row_weights = None if row_weights is None else row_weights.repeat(features.shape[1])
             features = features.transpose(0, 1).flatten(0, 1)
         rows = features * inverse_norm(features)
         anchors, anchor_targets = rows[:num_anchors], targets[:num_anchors]
@@ -34,4 +41,7 @@ class SupConLoss(nn.Module):
         num_positives = positives.sum(dim=1)
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / num_positives.clamp_min(1)
         loss = torch.where(num_positives > 0, similarities.logsumexp(dim=1) - mean_positive, 0)
+        if row_weights is not None:
+            weights = row_weights[:num_anchors] * (num_positives > 0)
+            return mean_over_processes((weights * loss).sum(), weights.sum())
         return mean_over_processes(loss.sum(), (num_positives > 0).sum())

@@ -13,8 +13,9 @@ class Output(NamedTuple):
     logits: dict[str, Tensor]  # head name -> [B', C], ready for cross-entropy
     scales: dict[str, float | Tensor]  # head name -> what it has multiplied its cosines by
     targets: Tensor | None  # [B']
-    # the generator's losses, "center_distance" and, where it generates, "maps"; "projections" [B', P]; "prototypes"
-    auxiliary: dict[str, Tensor]  # [C, P], or [C, D] without a projection
+    # the generator's losses, "center_distance" and, where it generates, "maps" and "tail_rows" [B' - B], the row that
+    # each generated one stems from; "projections" [B', P]; "prototypes" [C, P], or [C, D] without a projection
+    auxiliary: dict[str, Tensor]
     mixed_logits: dict[str, Tensor] | None = None  # of mixed images: with margins on the targets of the other image
     mixed_targets: Tensor | None = None  # [B]
 
@@ -55,6 +56,7 @@ class LongTailClassifier(nn.Module):
             auxiliary["center_distance"] = self.generator.center_distance
             if self.generator.generating:
                 auxiliary["maps"] = maps
+                auxiliary["tail_rows"] = self.generator.tail_rows
         features = self.backbone.upper(maps)
         if self.projection is not None and self.training:
             auxiliary["projections"] = self.projection(features)

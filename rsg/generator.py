@@ -50,6 +50,7 @@ class RareSampleGenerator(nn.Module):
         self.generating = False
         self.pair_shift = 0  # rows by which the second half is moved before pairing, see contrast_loss
         self.center_distance = torch.tensor(float("nan"))  # mean |F - mu| / |F| of the last batch
+        self.tail_rows = torch.empty(0, dtype=torch.long)  # which row of the last batch each generated one stems from
 
     def forward(self, maps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Maps [B, C, H, W] and targets [B] to those with generated rows appended, and the losses by name.
@@ -68,6 +69,7 @@ class RareSampleGenerator(nn.Module):
         variations = head_maps - centers[heads]
         transformed = self.transform(variations)
         mv_loss = self.maximized_vector_loss(head_maps, variations, tail_maps - centers[tails], transformed)
+        self.tail_rows = tails
         maps = torch.cat([maps, (tail_maps + transformed).to(maps.dtype)])
         targets = torch.cat([targets, targets[tails]])
         return maps, targets, {"centre": center_loss, "contrast": off, "mv": mv_loss}

@@ -1,0 +1,45 @@
+"""Real and synthetic images side by side, class by class: what a person looks at before training."""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data.folders import ImageFolders
+from data.images import read_image
+from data.transforms import fixed_view
+from engine.files import write_atomically
+
+SIDE, GAP, LINE = 64, 4, 18  # px of an image, between images, of a line of text
+COLUMNS = 6  # images of each kind in a row
+MOST_CLASSES = 60
+
+
+def save_contact_sheet(path: Path, folders: ImageFolders, names: list[str], rows: list[dict], folder: Path) -> None:
+    """A row for every class with synthetic images, the rarest first: its first real training images, and then its first
+    synthetic ones that were kept."""
+    real, made, candidates = ({index: [] for index in range(len(names))} for _ in range(3))
+    for image, target in zip(*folders.splits["train"], strict=True):
+        real[target].append(image)
+    for row in rows:
+        target = folders.classes.index(row["class"])
+        candidates[target].append(row)
+        if row["kept"]:
+            made[target].append(folder / row["file"])
+    order = sorted((target for target in real if candidates[target]), key=lambda target: len(real[target]))
+    shown = order[:MOST_CLASSES]
+    half, height = COLUMNS * (SIDE + GAP), SIDE + LINE + GAP
+    sheet = Image.new("RGB", (2 * half + 6 * GAP, LINE + GAP + height * len(shown)), "white")
+    text, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    which = f"the {len(shown)} rarest of {len(order)} classes" if len(shown) < len(order) else f"{len(order)} classes"
+    text.text((GAP, GAP), f"{which}: real training images on the left", "black", font)
+    text.text((half + 5 * GAP, GAP), "kept synthetic images on the right", "black", font)
+    for number, target in enumerate(shown):
+        top = LINE + GAP + number * height
+        label = f"{names[target]}: {len(real[target])} real"
+        text.text((GAP, top), label, "black", font)
+        label = f"{len(made[target])} synthetic kept of {len(candidates[target])}"
+        text.text((half + 5 * GAP, top), label, "black", font)
+        for left, images in ((GAP, real[target]), (half + 5 * GAP, made[target])):
+            for column, image in enumerate(images[:COLUMNS]):
+                sheet.paste(fixed_view(read_image(image), SIDE), (left + column * (SIDE + GAP), top + LINE))
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))

@@ -1,0 +1,224 @@
+"""Runs side by side: groups that differ only in their seed, means over seeds, and paired tests on the same images."""
+
+import argparse
+import csv
+import json
+import zipfile
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+from data.samplers import batch_bounds
+from engine.errors import Refused
+from engine.files import read_json
+from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
+from engine.optim import steps_in_epoch
+from engine.options import train_parser
+from engine.record import plain_flags, read_record
+from engine.run import MAY_CHANGE, read_log
+
+ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
+ALL_PAIRS = 10  # of up to so many groups; with more, each is compared with the first one
+
+
+class Run(NamedTuple):
+    """A finished and tested run."""
+
+    folder: Path
+    record: dict  # args.json
+    result: dict  # test/metrics.json
+    measures: dict[str, float]  # fractions, seconds, bytes
+    files: list[str]  # of the test images [N]
+    targets: np.ndarray  # [N]
+    correct: np.ndarray  # bool [N]
+
+
+class Group(NamedTuple):
+    """Runs that differ only in their seed."""
+
+    name: str
+    flags: str  # those in which the groups differ, where they are not the default
+    runs: list[Run]
+
+
+class Pair(NamedTuple):
+    """The second group minus the first one on the same test images."""
+
+    first: Group
+    second: Group
+    differences: dict[str, tuple[float, float, float]]  # accuracy: (difference, 95 % interval)
+    discordant: list[tuple[int, int]]  # images that only the first, only the second gets right; a pair of runs each
+    p: float  # McNemar's, over the pairs of runs
+    p_holm: float  # and over all pairs of groups
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """``unfinished`` or ``untested`` (also when training went on after the test); None of a run with all its files."""
+    record, rows = read_record(folder), read_log(folder)
+    flags = argparse.Namespace(**record["flags"])
+    num_batches = len(batch_bounds(sum(record["class_counts"]), flags.batch_size, smallest=2))
+    if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):
+        return "unfinished"
+    tested = read_json(folder / "test" / "metrics.json", default={})
+    return None if tested.get("last", {}).get("epoch") == rows[-1]["epoch"] else "untested"
+
+
+def read_run(folder: Path) -> Run:
+    """A run that misses nothing; `Refused` when its metrics are not those of its predictions."""
+    record, rows, test = read_record(folder), read_log(folder), folder / "test"
+    result = read_json(test / "metrics.json")
+    try:
+        with np.load(test / "logits.npz") as content:
+            targets, predicted = content["targets"], content["logits"].argmax(axis=1)
+        with (test / "predictions.csv").open(newline="", errors="surrogateescape") as file:
+            files = [row["file"] for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise Refused(f"what {test} holds cannot be read ({error}); test the run again") from None
+    counts = record["class_counts"]
+    recall = per_class(confusion_matrix(targets, predicted, len(counts)))[0]
+    means = {"balanced_accuracy": float(np.nanmean(recall)), **group_means(recall, shot_groups(counts))}
+    if len(files) != len(targets) or any(abs(result.get(name, -1) - mean) > 1e-9 for name, mean in means.items()):
+        raise Refused(
+            f"{test / 'metrics.json'} is not what logits.npz beside it gives with the default --shot_thresholds; "
+            f"test the run again"
+        )
+    measures = {name: result[name] for name in ACCURACIES if name in result}
+    measures["last_balanced_accuracy"] = result["last"]["balanced_accuracy"]
+    measures["parameters"] = record["parameters"]
+    measures["seconds_per_epoch"] = float(np.mean([row["seconds"] for row in rows]))
+    measures["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
+    return Run(folder, record, result, measures, files, targets, predicted == targets)
+
+
+def check_same_splits(runs: Sequence[Run]) -> None:
+    """`Refused` unless all runs were trained and tested on the same images."""
+    for other in runs[1:]:
+        for name, one, two in (
+            ("trained", runs[0].record["split_hash"], other.record["split_hash"]),
+            ("tested", runs[0].result["split_hash"], other.result["split_hash"]),
+        ):
+            if one != two:
+                raise Refused(
+                    f"{runs[0].folder} and {other.folder} were {name} on different splits ({one[:12]}, {two[:12]}); "
+                    f"--allow_different_splits shows them side by side all the same"
+                )
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs by all that was set but the seed, in the order given; `Refused` when one setting has a seed twice."""
+    by_setting: dict[str, list[Run]] = {}
+    for run in runs:
+        by_setting.setdefault(json.dumps(_setting(run), sort_keys=True), []).append(run)
+    members = [sorted(group, key=lambda run: run.record["seed"]) for group in by_setting.values()]
+    for group in members:
+        for one, two in zip(group, group[1:], strict=False):
+            if one.record["seed"] == two.record["seed"]:
+                raise Refused(f"{one.folder} and {two.folder} have the same flags and seed; leave one of them out")
+    settings = [_setting(group[0]) for group in members]
+    defaults = plain_flags(train_parser().parse_args([]))
+    differing = [flag for flag in settings[0] if any(each[flag] != settings[0][flag] for each in settings)]
+    flags = [
+        ", ".join(f"{flag} {each[flag]}" for flag in differing if each[flag] != defaults.get(flag)) or "the defaults"
+        for each in settings
+    ]
+    names = [_common_name(group) for group in members]
+    names = names if all(names) and len(set(names)) == len(names) else flags
+    return [Group(*each) for each in zip(names, flags, members, strict=True)]
+
+
+def _setting(run: Run) -> dict:
+    """What a run was told but for its seed. The images are told by their hash: a folder's path is no setting."""
+    aside = MAY_CHANGE | {"seed", "data_dir", "list_dir"}
+    flags = {flag: value for flag, value in run.record["flags"].items() if flag not in aside}
+    return flags | {"split": run.record["split_hash"][:12]}
+
+
+def _common_name(runs: Sequence[Run]) -> str | None:
+    """The name of all run folders without their seed; None when they have none in common."""
+    names = {run.folder.name.removesuffix(f"_seed{run.record['seed']}") for run in runs}
+    return names.pop() if len(names) == 1 else None
+
+
+def mean_and_deviation(group: Group, measure: str) -> tuple[float, float | None] | None:
+    """Over the runs: mean and sample standard deviation, which one run has not; None where a run lacks the measure."""
+    values = [run.measures[measure] for run in group.runs if measure in run.measures]
+    if len(values) < len(group.runs):
+        return None
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def mcnemar(correct: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
+    """Images that only the first, only the second classifier gets right, and the two-sided exact binomial p-value
+    that both are equally likely (McNemar, 1947; always exact, so no rule for small numbers is needed)."""
+    first, second = int((correct & ~other).sum()), int((other & ~correct).sum())
+    return first, second, binomtest(first, first + second).pvalue if first + second else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm, 1979), in the order given."""
+    order = np.argsort(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
+    return adjusted.tolist()
+
+
+def resampled_accuracies(
+    correct: np.ndarray, targets: np.ndarray, class_groups: dict[str, np.ndarray], resamples: int = 1000, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Accuracies [resamples, G] of the columns of ``correct`` [N, G], all on the same images: drawn again within their
+    class, with replacement. A column is a classifier, or the mean of several."""
+    generator = np.random.default_rng(seed)
+    labels, sizes = np.unique(targets, return_counts=True)
+    shares = {"balanced_accuracy": np.ones(len(labels)), "top1": sizes}  # of each class's recall in the accuracy
+    shares |= {name: group[labels] for name, group in class_groups.items() if group[labels].any()}
+    accuracies = {name: np.zeros((resamples, correct.shape[1])) for name in shares}
+    for index, (label, size) in enumerate(zip(labels, sizes, strict=True)):
+        times = generator.multinomial(size, np.full(size, 1 / size), size=resamples)  # that each image is drawn
+        recall = times @ correct[targets == label] / size
+        for name, share in shares.items():
+            accuracies[name] += share[index] / share.sum() * recall
+    return accuracies
+
+
+def paired_tests(groups: Sequence[Group]) -> list[Pair]:
+    """Every pair of groups that were tested on the same files, or of many groups the first with each other one.
+
+    The intervals are a paired bootstrap over test images of the difference of the means over seeds: they say how far
+    the test images decide between these trained models; what another seed does is the standard deviation's to say.
+    McNemar compares the k-th runs of both groups; their smallest p-value times the number of such pairs holds however
+    they depend on each other (Bonferroni).
+    """
+    every = list(combinations(range(len(groups)), 2))
+    pairs = [pair for pair in every if pair[0] == 0 or len(groups) <= ALL_PAIRS]
+    tested_on: dict[tuple, list[int]] = {}
+    for index, group in enumerate(groups):
+        keys = {(tuple(run.files), run.targets.tobytes(), tuple(run.record["class_counts"])) for run in group.runs}
+        if len(keys) == 1:
+            tested_on.setdefault(keys.pop(), []).append(index)
+    found = []
+    for indices in tested_on.values():
+        reference = groups[indices[0]].runs[0]
+        correct = np.stack([np.mean([run.correct for run in groups[index].runs], axis=0) for index in indices], axis=1)
+        draws = resampled_accuracies(correct, reference.targets, shot_groups(reference.record["class_counts"]))
+        column = {index: place for place, index in enumerate(indices)}
+        for first, second in pairs:
+            if first in column and second in column:
+                change = {name: each[:, column[second]] - each[:, column[first]] for name, each in draws.items()}
+                found.append(_pair(groups[first], groups[second], change))
+    adjusted = holm([pair.p for pair in found])
+    return [pair._replace(p_holm=p) for pair, p in zip(found, adjusted, strict=True)]
+
+
+def _pair(first: Group, second: Group, draws: dict[str, np.ndarray]) -> Pair:
+    differences = {}
+    for name in [name for name in ACCURACIES if name in draws]:
+        value = mean_and_deviation(second, name)[0] - mean_and_deviation(first, name)[0]
+        differences[name] = (value, *map(float, np.percentile(draws[name], [2.5, 97.5])))
+    tests = [mcnemar(one.correct, two.correct) for one, two in zip(first.runs, second.runs, strict=False)]
+    p = min(1.0, len(tests) * min(p for *_, p in tests))
+    return Pair(first, second, differences, [tuple(numbers) for *numbers, _ in tests], p, p)

@@ -1,0 +1,212 @@
+"""A comparison of runs as text for the terminal, tables, a figure, and one HTML page that needs nothing else."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from textwrap import fill
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.compare import ACCURACIES, Group, Pair, mean_and_deviation
+
+GENERATOR = '<meta name="generator" content="compare_runs.py">'  # tells our own page from somebody else's
+TITLES = {  # measure: (title, factor, decimals)
+    "balanced_accuracy": ("balanced %", 100, 1),
+    "top1": ("top-1 %", 100, 1),
+    "many": ("many %", 100, 1),
+    "medium": ("medium %", 100, 1),
+    "few": ("few %", 100, 1),
+    "last_balanced_accuracy": ("balanced %, last epoch", 100, 1),
+    "parameters": ("parameters, M", 1e-6, 2),
+    "seconds_per_epoch": ("training, s/epoch", 1, 2),
+    "peak_memory_bytes": ("peak memory, GiB", 2**-30, 2),
+}
+EXACT = ("parameters",)  # no deviation: the same for every seed
+NOTES = (
+    "Mean ± sample standard deviation over seeds; n = 1 has none. Test accuracies of the epoch chosen on val/ (the "
+    "last one where there is no val/); balanced: mean recall of the classes; many, medium, few: classes of more than "
+    "100, 20 to 100, fewer than 20 training images. Parameters: those of the tested model, without the generator. Peak "
+    "memory: of the allocator on a GPU, of the process on a CPU.",
+    "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test "
+    "images, resampled within their class, the same for both (1,000 resamples): how far the test images decide between "
+    "these trained models. What another seed would do is the standard deviation's to say.",
+    "McNemar: images that only the first : only the second gets right, for each pair of runs (k-th seed with k-th "
+    "seed); p: exact, two-sided, the smallest times the number of such pairs; p (Holm): corrected for all comparisons "
+    "here.",
+)
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | str = ""  # to sort by
+
+
+class Table(NamedTuple):
+    titles: list[str]
+    rows: list[list[Cell]]
+
+
+def group_table(groups: Sequence[Group]) -> Table:
+    """A row for each group; columns that no group has are left out."""
+    measures = [name for name in TITLES if any(mean_and_deviation(group, name) for group in groups)]
+    named_by_flags = all(group.name == group.flags for group in groups)
+    titles = ["setting", *([] if named_by_flags else ["flags"]), "n", *(TITLES[name][0] for name in measures)]
+    rows = []
+    for group in groups:
+        words = [Cell(group.name, group.name), *([] if named_by_flags else [Cell(group.flags, group.flags)])]
+        numbers = [_measure_cell(group, name) for name in measures]
+        rows.append([*words, Cell(str(len(group.runs)), len(group.runs)), *numbers])
+    return Table(titles, rows)
+
+
+def _measure_cell(group: Group, name: str) -> Cell:
+    both, (_, factor, decimals) = mean_and_deviation(group, name), TITLES[name]
+    if both is None:
+        return Cell("–", "")
+    mean, deviation = both
+    text = f"{factor * mean:.{decimals}f}"
+    if deviation is not None and name not in EXACT:
+        text += f" ± {factor * deviation:.{decimals}f}"
+    return Cell(text, mean)
+
+
+def pair_table(pairs: Sequence[Pair]) -> Table:
+    """A row for each pair of groups."""
+    names = [name for name in ACCURACIES if any(name in pair.differences for pair in pairs)]
+    titles = ["first", "second", *(TITLES[name][0].replace("%", "points") for name in names)]
+    rows = []
+    for pair in pairs:
+        cells = [Cell(group.name, group.name) for group in (pair.first, pair.second)]
+        for name in names:
+            value, low, high = (100 * number for number in pair.differences.get(name, [np.nan] * 3))
+            cells.append(Cell(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", value) if value == value else Cell("–"))
+        images = ", ".join(f"{first} : {second}" for first, second in pair.discordant)
+        p_values = [Cell(f"{p:.2g}" if p >= 1e-4 else "< 0.0001", p) for p in (pair.p, pair.p_holm)]
+        rows.append([*cells, Cell(images, sum(map(sum, pair.discordant))), *p_values])
+    return Table([*titles, "McNemar", "p", "p (Holm)"], rows)
+
+
+def markdown(table: Table) -> str:
+    """The table with columns that line up, so that it reads well as it is, too."""
+    lines = [table.titles, *([cell.text for cell in row] for row in table.rows)]
+    lines = [[word.replace("|", "\\|").replace("\n", " ") for word in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(word.ljust(width) for word, width in zip(line, widths, strict=True))} |" for line in lines
+    )
+
+
+def figure_png(groups: Sequence[Group]) -> bytes:
+    """Accuracies of every run as dots, mean and standard deviation of every group as a bar; groups from top down."""
+    from matplotlib.figure import Figure  # imported when something is drawn: it takes half a second
+
+    names = [name for name in ACCURACIES if any(mean_and_deviation(group, name) for group in groups) and name != "top1"]
+    labels = [fill(group.name, 36) for group in groups]
+    lines = sum(label.count("\n") + 2 for label in labels)
+    figure = Figure(figsize=(3 + 2.3 * len(names), 1.1 + 0.22 * lines), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for name, axes in zip(names, panels, strict=True):
+        for row, group in enumerate(groups):
+            values = [100 * run.measures[name] for run in group.runs if name in run.measures]
+            axes.plot(values, [row] * len(values), "o", color="#1b6ca8", alpha=0.35, markersize=5, markeredgewidth=0)
+            if (both := mean_and_deviation(group, name)) is not None:
+                deviation = None if both[1] is None else 100 * both[1]
+                axes.errorbar(100 * both[0], row, xerr=deviation, fmt="|", color="#c8402f", markersize=13, capsize=3)
+        axes.set_title(name.replace("_accuracy", "").replace("balanced", "balanced accuracy"), fontsize=10)
+        axes.set_xlabel("%")
+        axes.margins(x=0.12)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(groups)), labels, parse_math=False)
+    panels[0].set_ylim(len(groups) - 0.5, -0.5)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+def html_page(title: str, groups: Sequence[Group], pairs: Sequence[Pair], png: bytes, remarks: Sequence[str]) -> str:
+    """The whole comparison; tables sort by a click on a column's title."""
+    figure = base64.b64encode(png).decode()
+    runs = "".join(
+        f"<li>{escape(group.name)}: <code>{escape(group.runs[0].record.get('objective', ''))}</code><ul>"
+        + "".join(f"<li>seed {run.record['seed']}: <code>{escape(str(run.folder))}</code></li>" for run in group.runs)
+        + "</ul></li>"
+        for group in groups
+    )
+    tests = f"<h2>Differences</h2>\n{_html_table(pair_table(pairs))}" if pairs else ""
+    warnings = "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (NOTES if pairs else NOTES[:1]))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+{GENERATOR}<title>{escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+{warnings}
+{_html_table(group_table(groups))}
+<div class=wide><img alt="Test accuracies of every run, with mean and standard deviation" \
+src="data:image/png;base64,{figure}"></div>
+{tests}
+<section class=notes>{notes}</section>
+<details><summary>Runs and objectives</summary><ul>{runs}</ul></details>
+<script>{_SCRIPT}</script></body></html>
+"""
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th scope=col><button>{escape(title)}</button></th>" for title in table.titles)
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td{" class=number" if not isinstance(cell.value, str) else ""} data-value="{escape(str(cell.value))}">'
+            f"{escape(cell.text)}</td>"
+            for cell in row
+        )
+        + "</tr>\n"
+        for row in table.rows
+    )
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1a1a1a; --line: #d5d5d5; --soft: #f4f4f4; --mark: #a33; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #000; --text: #e4e4e4; --line: #3a3a3a; --soft: #181818; --mark: #f88; }
+  img { filter: invert(1) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 90rem;
+  background: var(--back); color: var(--text); }
+h1 { font-size: 1.35rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td:not(.number) { min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; } td.number { white-space: nowrap; }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--back); }
+tbody tr:hover td { background: var(--soft); }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+img { max-width: 100%; } code { overflow-wrap: anywhere; }
+.notes { font-size: .85rem; max-width: 60rem; } .remark { color: var(--mark); }
+@media (max-width: 40rem) { body { padding: .6rem; } td:first-child { max-width: 9rem; } img { max-width: 46rem; } }
+@media print {
+  :root { --back: #fff; --text: #000; --line: #999; } img { filter: none; max-width: 100%; }
+  body { font-size: 9px; max-width: none; padding: 0; } .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
+  td.number { white-space: normal; } td:not(.number) { min-width: 0; } tr, img { break-inside: avoid; }
+}
+"""
+_SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.onclick = () => {
+  const title = button.parentNode, titles = [...title.parentNode.cells], index = titles.indexOf(title);
+  const rising = title.getAttribute("aria-sort") === "descending", body = title.closest("table").tBodies[0];
+  for (const each of titles) each.removeAttribute("aria-sort");
+  title.setAttribute("aria-sort", rising ? "ascending" : "descending");
+  const value = row => row.cells[index].dataset.value, isNumber = text => text !== "" && !isNaN(text);
+  const order = (a, b) => isNumber(a) && isNumber(b) ? a - b : a.localeCompare(b);
+  const rows = [...body.rows].sort((a, b) => order(value(a), value(b)) * (rising ? 1 : -1));
+  rows.sort((a, b) => (value(a) === "") - (value(b) === ""));  // what is absent stays at the end
+  body.append(...rows);
+};
+"""

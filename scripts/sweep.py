@@ -1,0 +1,269 @@
+__import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parents[1]))
+"""Train and test every setting of an ablation with every seed; the ablate_*.sh beside it hold the settings.
+
+    bash scripts/ablate_synergy.sh data/digits --seeds 0 1 2 -- --arch resnet32 --epochs 30 --lr 0.05
+    JOBS=2 bash scripts/ablate_synergy.sh ...      # two runs at a time, half of the cores each
+    bash scripts/ablate_synergy.sh ... --list      # only print the commands, a run a line; --line 3 runs the third
+
+What follows -- goes to imagenet_lt_train.py. Run folders lie in checkpoint/<sweep>_<data>_<these flags>/, events for
+TensorBoard in log/ likewise, what a run prints in <run>.txt, the comparison in comparison/. Run again, whatever stopped
+it, the same command skips what is done and goes on with the rest. A run that fails is named, the others go on, and the
+exit code is 1. Ctrl-C lets the runs save and stops.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import imagenet_lt_train
+from data.folders import read_image_folders
+from engine import files
+from engine.compare import what_is_missing
+from engine.console import say
+from engine.errors import Failed, Refused, one_line_errors
+from engine.flags import Parser, number_in
+from engine.options import train_parser
+from engine.run import MAY_CHANGE, RunFolder
+from scripts import compare_runs
+
+OURS = {"data_dir", "seed", "run_name", "resume", "overwrite"}  # flags of the train script that the sweep gives
+SHARE = re.compile(r"\{(0?\.\d+)(-1)?\}")  # in a setting, {0.8}: that share of the epochs; {0.8-1}: the epoch before
+LONGEST_NAME = 150
+
+
+class Run(NamedTuple):
+    name: str
+    folder: Path
+    commands: list[list[str]]  # train, test
+
+
+@one_line_errors
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    sweep, settings, *words = sys.argv[1:] if argv is None else argv
+    own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = Parser(f"{__doc__}\nsettings:\n{settings}")
+    parser.prog, parser.usage = f"bash scripts/{sweep}.sh", "%(prog)s DATA [flags of the sweep] [-- flags of the runs]"
+    parser.formatter_class = type("Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
+    add, positive = parser.add_argument, number_in(1, kind=int)
+    add("data_dir", type=Path, metavar="DATA", help="folder with train/, val/ and test/")
+    add("--seeds", type=number_in(0, 2**31, kind=int), nargs="+", default=[0, 1, 2], metavar="K", help="of the runs")
+    add("--jobs", type=positive, default=os.environ.get("JOBS", "1"), metavar="K", help="runs at a time, also JOBS=K")
+    add("--list", action="store_true", help="only print the commands, a run a line")
+    add("--line", type=positive, metavar="N", help="only the run of this line of the list, as for a Slurm array")
+    args = parser.parse_args(own)
+    args.sweep, args.settings, args.extra = sweep, settings_of(settings), extra
+    if len(set(args.seeds)) < len(args.seeds):
+        raise Refused(f"--seeds {' '.join(map(str, args.seeds))}: one of them stands there twice")
+    return args
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    root_model, runs = planned(args)
+    if args.line is not None:
+        if args.line > len(runs):
+            raise Refused(f"--line {args.line}: the list has {len(runs)} lines")
+        runs = runs[args.line - 1 : args.line]
+    if args.list:
+        for run in runs:
+            say(" && ".join(shlex.join(["python", *command[1:]]) for command in run.commands))
+        return
+    for run in runs:
+        check_folder(run)
+    to_do = [run for run in runs if not is_done(run)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // args.jobs))} if args.jobs > 1 else {}
+    say(f"{len(runs)} runs in {root_model}, {len(runs) - len(to_do)} of them done; {args.jobs} at a time")
+    logs = None if args.line else root_model
+    failures = run_all(to_do, args.jobs, threads | os.environ, logs)
+    done = [run for run in runs if is_done(run)]
+    if done and not args.line:
+        flags = [*(str(run.folder) for run in done), "--output", str(root_model / "comparison")]
+        compare_runs.main(compare_runs.parse_args(flags))
+    if failures:
+        raise Failed(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
+
+
+def settings_of(text: str) -> dict[str, list[str]]:
+    """Flags of the train script by the setting's name: a setting a line, ``#`` comments."""
+    lines = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    return {name: flags for name, *flags in lines}
+
+
+def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
+    """The folder of the sweep, and all runs in order: each seed of the first setting, of the second, and so on.
+    `Refused` for flags that no run would take, and for those that the sweep itself sets."""
+    extra = parsed("the flags after --", ["--data_dir", str(args.data_dir), *args.extra])
+    given = given_flags(args.extra)
+    for name, flags in {"the sweep": [], **args.settings}.items():
+        taken = sorted(given & (OURS if name == "the sweep" else given_flags(with_epochs(flags, extra.epochs))))
+        if taken:
+            raise Refused(f"--{taken[0]} is not for the flags after --: {name} sets it")
+    folders = read_image_folders(args.data_dir, extra.list_dir)
+    if "test" not in folders.splits:
+        raise Refused(f"{args.data_dir} has no test images, without which nothing can be compared")
+    sweep = sweep_name(args.sweep, args.data_dir, extra, given)
+    root_model, root_log = extra.root_model / sweep, extra.root_log / sweep
+    fixed = [
+        "--data_dir",
+        str(args.data_dir),
+        *args.extra,
+        "--root_model",
+        str(root_model),
+        "--root_log",
+        str(root_log),
+    ]
+    runs = []
+    for setting, flags in args.settings.items():
+        own = [*fixed, *with_epochs(flags, extra.epochs)]
+        parsed(f"setting {setting}", own)
+        for seed in args.seeds:
+            name = f"{setting}_seed{seed}"
+            train = [*own, "--seed", str(seed), "--run_name", name, "--resume"]
+            test = ["--model_dir", str(root_model / name), "--device", extra.device]
+            scripts = (["imagenet_lt_train.py", *train], ["imagenet_lt_test.py", *test])
+            runs.append(Run(name, root_model / name, [[sys.executable, *script] for script in scripts]))
+    return root_model, runs
+
+
+def parsed(what: str, flags: list[str]) -> argparse.Namespace:
+    """As the train script reads ``flags``, but without its warnings, which each run gives."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return imagenet_lt_train.parse_args(flags)
+        except SystemExit as error:
+            if not error.code:
+                raise
+    raise Refused(f"{what}: {said.getvalue().strip().splitlines()[-1].removeprefix('error: ')}")
+
+
+def given_flags(flags: list[str]) -> set[str]:
+    """Names of the flags that are given, whatever their values."""
+    parser = train_parser()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    missing = object()
+    for flag in vars(unset):
+        setattr(unset, flag, missing)
+    return {flag for flag, value in vars(parser.parse_args(flags, unset)).items() if value is not missing}
+
+
+def with_epochs(flags: list[str], epochs: int) -> list[str]:
+    """``flags`` with shares of the epochs as numbers of epochs, rounded down."""
+    return [SHARE.sub(lambda match: str(int(float(match[1]) * epochs + 1e-9) - bool(match[2])), flag) for flag in flags]
+
+
+def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set[str]) -> str:
+    """Of the sweep's folder: other data or flags, another folder. Flags at their default or without influence on the
+    result are left out."""
+    defaults = vars(train_parser().parse_args([]))
+    parts = [sweep, data_dir.absolute().name]
+    for flag, value in vars(extra).items():
+        if flag in given - MAY_CHANGE and value != defaults[flag]:
+            words = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts.append(f"{flag}-{re.sub('[^A-Za-z0-9.=-]+', '_', words)}")
+    name = "_".join(parts)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}_{digest}"
+
+
+def check_folder(run: Run) -> None:
+    """`Refused` when the folder holds a run that was told something else, as after a change of the settings."""
+    try:
+        RunFolder(parsed(f"run {run.name}", run.commands[0][2:]))
+    except Refused as error:
+        raise Refused(
+            f"{error}; a sweep goes on with another --root_model after --, or with that folder moved"
+        ) from None
+
+
+def is_done(run: Run) -> bool:
+    return (run.folder / "args.json").is_file() and what_is_missing(run.folder) is None
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process trains there, such as one that a killed sweep has left behind."""
+    if not os.access(folder / ".lock", os.W_OK):
+        return False
+    try:
+        with files.locked(folder):
+            return False
+    except Failed:
+        return True
+
+
+def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path | None) -> list[str]:
+    """Carry out ``runs``, so many at a time; their output goes into ``logs``, or where ours goes. Returns what failed,
+    in words. A signal is handed on to the runs, which save; then the sweep ends with the signal's exit code."""
+    processes: set[subprocess.Popen] = set()
+    received = []
+
+    def hand_on(number: int, frame) -> None:
+        received.append(number)
+        for process in list(processes):
+            process.send_signal(number)
+
+    def carry_out(run: Run) -> str | None:
+        if in_use(run.folder):
+            say(f"{run.name} waits for another process that trains in {run.folder}")
+        while in_use(run.folder) and not received:
+            time.sleep(1)
+        for command in run.commands:
+            if received:
+                return None
+            with log_of(run, logs) as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+                processes.add(process)
+                if received:  # between the question above and the start
+                    process.send_signal(received[-1])
+                code = process.wait()
+                processes.discard(process)
+            if code and not received:
+                return f"{run.name} ({last_line(run, logs) or f'exit code {code}'})"
+        return None
+
+    def log_of(run: Run, logs: Path | None):
+        return (logs / f"{run.name}.txt").open("a") if logs else contextlib.nullcontext()
+
+    failures = []
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    former = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
+            started = {pool.submit(carry_out, run): run for run in runs}
+            for future in as_completed(started):
+                failure = future.result()
+                failures += [failure] if failure else []
+                bar.update()
+                if not received:
+                    bar.write(f"failed: {failure}" if failure else f"done: {started[future].name}")
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if received:
+        say(f"stopped by {signal.Signals(received[0]).name}; the same command goes on")
+        raise SystemExit(128 + received[0])
+    return failures
+
+
+def last_line(run: Run, logs: Path | None) -> str | None:
+    """What a run said last, which is its error when it failed."""
+    lines = (logs / f"{run.name}.txt").read_text(errors="replace").strip().splitlines() if logs else []
+    return f"{lines[-1]}; see {logs / run.name}.txt" if lines else None
+
+
+if __name__ == "__main__":
+    main(parse_args())

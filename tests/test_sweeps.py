@@ -1,0 +1,257 @@
+"""The ablation scripts: their commands as the train script reads them; how a sweep runs, fails, stops and goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import imagenet_lt_test
+import imagenet_lt_train
+from engine.errors import Refused
+from engine.record import REQUIRED, plain_flags
+from engine.run import MAY_CHANGE
+from losses import build_objective
+from rsg import generates
+from scripts import sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEPS = {"ablate_losses": 7, "ablate_synergy": 6, "ablate_weighting": 8, "ablate_rsg": 8}  # settings of each
+
+
+def words_of(folder: Path, script: str, *words: str, **environment: str) -> list[str]:
+    """What the shell script gives to scripts/sweep.py, by a ``python`` that only says so."""
+    folder.mkdir(exist_ok=True)
+    for name in ("python", "torchrun"):
+        (folder / name).write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / script), *words]
+    said = subprocess.run(command, env=os.environ | {"PATH": path} | environment, capture_output=True, check=True)
+    assert not said.stderr
+    program, *arguments = said.stdout.decode().split("\0")[:-1]
+    assert program == "scripts/sweep.py"
+    return arguments
+
+
+def plan(tmp_path: Path, name: str, *words: str | Path, **environment: str) -> tuple[Path, list[sweep.Run]]:
+    arguments = words_of(tmp_path / "bin", f"scripts/{name}.sh", *map(str, words), **environment)
+    return sweep.planned(sweep.parse_args(arguments))
+
+
+def refused(capsys, call, *arguments) -> str:
+    """The one line of a call that refuses."""
+    with pytest.raises((SystemExit, Refused)) as error:
+        call(*arguments)
+    if error.type is Refused:
+        return str(error.value)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+# --- the settings
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_command_of_a_sweep_is_one_that_the_scripts_read(tmp_path, tiny_dataset, name, capsys):
+    arguments = words_of(tmp_path / "bin", f"scripts/{name}.sh", str(tiny_dataset), "--seeds", "0", "3", "--list")
+    sweep.main(sweep.parse_args([*arguments, "--", "--arch", "resnet32", "--epochs", "10", "--root_model", "r r"]))
+    lines = capsys.readouterr().out.splitlines()
+    folders, settings = set(), set()
+    for line in lines:
+        train, test = (shlex.split(command) for command in line.split(" && "))
+        assert (train[:2], test[:2]) == (["python", "imagenet_lt_train.py"], ["python", "imagenet_lt_test.py"])
+        args = imagenet_lt_train.parse_args(train[2:])
+        assert args.resume
+        assert (args.arch, args.data_dir) == ("resnet32", tiny_dataset)
+        folder = args.root_model / args.run_name
+        assert imagenet_lt_test.parse_args(test[2:]).model_dir == str(folder)
+        folders.add(folder)
+        settings.add(str({flag: value for flag, value in vars(args).items() if flag not in MAY_CHANGE}))
+    assert len(folders) == len(settings) == len(lines) == 2 * SWEEPS[name]
+
+
+def args_of(runs: list[sweep.Run]) -> dict:
+    """What each run is told, by its setting."""
+    return {run.name.removesuffix("_seed0"): imagenet_lt_train.parse_args(run.commands[0][2:]) for run in runs}
+
+
+def test_the_grid_is_every_combination_of_the_seven_losses(tmp_path, tiny_dataset):
+    arguments = words_of(tmp_path / "bin", "scripts/ablate_losses.sh", str(tiny_dataset), "--seeds", "0", GRID="1")
+    settings = sweep.parse_args(arguments).settings
+    assert len(settings) == 127
+    assert len({tuple(flags) for flags in settings.values()}) == 127
+    on = [
+        set(flag for flag, value in zip(each[::2], each[1::2], strict=True) if value == "True")
+        for each in settings.values()
+    ]
+    assert {"--add_ldam_loss", "--add_supcon_loss"} in on
+    assert max(map(len, on)) == 7
+
+
+def test_each_loss_alone_is_alone_in_the_objective(tmp_path, tiny_dataset):
+    args = args_of(plan(tmp_path, "ablate_losses", tiny_dataset, "--seeds", "0")[1])
+    objectives = {name: str(build_objective(each, [8, 5, 3])) for name, each in args.items()}
+    assert objectives == {
+        "ce": "1 CE(normed)",
+        "ldam": "1 LDAM(normed)",
+        "focal": "1 focal(normed)",
+        "supcon": "1 SupCon(features)",
+        "arcmar": "1 CE(normed) + 1 CE(arc)",
+        "addmar": "1 CE(normed) + 1 CE(add)",
+        "sphere": "1 CE(normed) + 1 CE(sphere)",
+    }
+
+
+def test_each_step_of_the_synergy_changes_one_thing(tmp_path, tiny_dataset):
+    args = args_of(plan(tmp_path, "ablate_synergy", tiny_dataset, "--seeds", "0")[1])
+    objectives = {name: str(build_objective(each, [8, 5, 3])) for name, each in args.items()}
+    assert objectives == {
+        "ce": "1 CE(linear)",
+        "ce_normed": "1 CE(normed)",
+        "supcon_ldam": "0.1 LDAM(normed) + 0.9 SupCon(features)",
+        "supcon_ldam_rsg": "0.1 LDAM(normed) + 0.9 SupCon(features) + 0.1 CESC + 0.01 MV",
+        "supcon_ldam_rsg_icf": "0.1 LDAM(normed; ICF weights) + 0.9 SupCon(features) + 0.1 CESC + 0.01 MV",
+        "supcon_ldam_rsg_linear": "0.1 LDAM(linear) + 0.9 SupCon(features) + 0.1 CESC + 0.01 MV",
+    }
+
+
+def test_shares_of_the_epochs_follow_the_flag(tmp_path, tiny_dataset):
+    weighting = args_of(plan(tmp_path, "ablate_weighting", tiny_dataset, "--seeds", "0", "--", "--epochs", "200")[1])
+    assert weighting["drw_icf"].drw_epoch == 160
+    rsg = args_of(plan(tmp_path, "ablate_rsg", tiny_dataset, "--seeds", "0", "--", "--epochs", "7")[1])
+    first = {name: [epoch for epoch in range(7) if generates(each, epoch)][:1] for name, each in rsg.items()}
+    assert (first["from_the_start"], first["from_half"], first["on"]) == ([0], [3], [5])
+
+
+# --- the names
+
+
+def test_other_flags_lie_in_another_folder_and_idle_ones_do_not(tmp_path, tiny_dataset):
+    def folder(*flags: str) -> str:
+        return plan(tmp_path, "ablate_rsg", tiny_dataset, "--seeds", "0", "--", *flags)[0].name
+
+    assert folder() == folder("--epochs", "20", "--workers", "1") == "ablate_rsg_tiny"  # the default, and no matter
+    assert folder("--epochs", "3", "--lr", "5e-2") == folder("--lr", "0.05", "--epochs", "3")
+    assert folder("--lr_milestones", "0.5", "0.75") == "ablate_rsg_tiny_lr_milestones-0.5-0.75"
+    long = [folder("--weights", f"{'x' * 300}{index}") for index in range(2)]
+    assert len(set(long)) == 2
+    assert max(map(len, long)) < 200
+
+
+def test_what_the_sweep_sets_is_refused_from_the_user(tmp_path, tiny_dataset, capsys):
+    def message(*words: str) -> str:
+        return refused(capsys, plan, tmp_path, "ablate_rsg", *words)
+
+    data = str(tiny_dataset)
+    assert message(data, "--", "--add_rsg", "True").startswith("--add_rsg is not for the flags after --: off sets it")
+    assert message(data, "--", "--seed", "1") == "--seed is not for the flags after --: the sweep sets it"
+    assert "--epoch 3" in message(data, "--", "--epoch", "3")
+    assert "out of range" in message(data, "--", "--cbl_beta", "2")
+    assert "stands there twice" in message(data, "--seeds", "1", "1")
+    assert "nowhere" in message(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_with_a_run_of_other_flags_is_refused_with_both_values(tmp_path, tiny_dataset, capsys):
+    words = ["ablate_x", "on --lr 0.1", str(tiny_dataset), "--", "--root_model", str(tmp_path)]
+    _, (run, *_) = sweep.planned(sweep.parse_args(words))
+    flags = plain_flags(imagenet_lt_train.parse_args(run.commands[0][2:]))
+    run.folder.mkdir(parents=True)
+    record = dict.fromkeys(REQUIRED, "") | {"flags": flags, "class_counts": [8, 5, 3]}
+    (run.folder / "args.json").write_text(json.dumps(record))
+    sweep.check_folder(run)
+    assert not sweep.is_done(run)  # no epoch yet
+    words[1] = "on --lr 0.2"  # somebody has edited the script
+    line = refused(capsys, sweep.main, sweep.parse_args(words))
+    assert "was started with --lr 0.1, now it is 0.2" in line
+    assert "another --root_model" in line
+
+
+# --- the runner, with small commands in place of training
+
+
+def shell_run(folder: Path, name: str, *scripts: str) -> sweep.Run:
+    return sweep.Run(name, folder / name, [["sh", "-c", script] for script in scripts])
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
+    runs = [
+        shell_run(tmp_path, "good", "echo trained >> good", "echo tested >> good"),
+        shell_run(tmp_path, "bad", "echo error: no space >&2; exit 1", "touch never"),
+        shell_run(tmp_path, "killed", "kill -9 $$"),
+        shell_run(tmp_path, "last", "touch last; echo $OMP_NUM_THREADS"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "7"}
+    commands = [run._replace(commands=[["env", "-C", str(tmp_path), *each] for each in run.commands]) for run in runs]
+    failures = sweep.run_all(commands, 2, environment, tmp_path / "logs")
+    assert sorted(failures) == [f"bad (error: no space; see {tmp_path}/logs/bad.txt)", "killed (exit code -9)"]
+    assert (tmp_path / "good").read_text() == "trained\ntested\n"
+    assert (tmp_path / "last").exists()
+    assert not (tmp_path / "never").exists()
+    assert (tmp_path / "logs" / "last.txt").read_text() == "7\n"
+
+
+def test_so_many_runs_at_a_time(tmp_path):
+    """Each run is there while it waits for the other one; alone it would give up."""
+    script = "touch {0}; for i in $(seq 500); do [ -e {1} ] && exit 0; sleep 0.02; done; exit 1"
+    names = [(tmp_path / "a", tmp_path / "b"), (tmp_path / "b", tmp_path / "a")]
+    runs = [shell_run(tmp_path, str(index), script.format(*pair)) for index, pair in enumerate(names)]
+    assert sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_each_run_once_and_ends_the_sweep(tmp_path, number):
+    script = (
+        f"trap 'echo saved >> {tmp_path}/saved; exit 9' INT TERM; touch {tmp_path}/$0; while :; do sleep 0.01; done"
+    )
+    runs = [sweep.Run(name, tmp_path / name, [["sh", "-c", script, name]]) for name in ("a", "b", "c")]
+
+    def stop() -> None:
+        while not all((tmp_path / name).exists() for name in ("a", "b")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as error:
+        sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs")
+    assert error.value.code == 128 + number
+    assert (tmp_path / "saved").read_text() == "saved\nsaved\n"
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys):
+    """As after kill -9 of a sweep alone, which leaves its runs behind."""
+    hold = "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from engine.files import locked\n"
+    hold += (
+        "with locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(0.3); open(sys.argv[1] + '/end', 'w')"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "run"), str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        run = sweep.Run("run", tmp_path / "run", [["test", "-e", str(tmp_path / "run" / "end")]])
+        assert sweep.run_all([run], 1, dict(os.environ), tmp_path / "logs") == []
+    assert "run waits for another process" in capsys.readouterr().out
+
+
+def test_a_slurm_array_task_runs_its_line(tmp_path):
+    """With an ``srun`` that runs what it is given, as Slurm's does on the node."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    arguments = words_of(
+        tmp_path / "bin",
+        "scripts/slurm.sbatch",
+        "scripts/ablate_rsg.sh",
+        "DATA",
+        "--seeds",
+        "5",
+        SLURM_ARRAY_TASK_ID="3",
+    )
+    args = sweep.parse_args(arguments)
+    assert (args.sweep, args.line, args.data_dir, args.seeds) == ("ablate_rsg", 3, Path("DATA"), [5])
