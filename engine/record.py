@@ -34,6 +34,7 @@ def new_record(
     seed: int,
     model: LongTailClassifier,
     amp_dtype: torch.dtype | None,
+    channels_last: bool,
 ) -> dict:
     """The content of args.json."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
@@ -52,6 +53,8 @@ def new_record(
         "generator_parameters": generator,
         "objective": str(build_objective(args, folders.class_counts)),
         "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        "channels_last": channels_last,
+        "compiled": args.compile,
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -92,7 +95,8 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"split {record['split_hash'][:12]}"
     )
     model = (
-        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']} on "
+        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']}, "
+        f"{'channels last' if record['channels_last'] else 'channels first'}{', compiled' if record['compiled'] else ''} on "
         f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
