@@ -94,10 +94,11 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"{record['img_size']} px, {'mirrored at random' if flips else 'not mirrored'}; "
         f"split {record['split_hash'][:12]}"
     )
+    layout = "channels last" if record["channels_last"] else "channels first"
     model = (
-        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']}, "
-        f"{'channels last' if record['channels_last'] else 'channels first'}{', compiled' if record['compiled'] else ''} on "
-        f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
+        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']}, {layout}"
+        f"{', compiled' if record['compiled'] else ''} on {record['device']}, {record['threads']} threads; "
+        f"seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
     if args.drw_epoch is not None:
