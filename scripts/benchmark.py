@@ -64,7 +64,9 @@ def main(args) -> dict:
     rows = []
     for group in args.rows:
         for row in GROUPS[group](bench):
-            print(f"{group:10}  {text_of(row)}", flush=True)
+            if args.quick:
+                row = row._replace(at_least=None, at_most=None)
+            print(text_of(row), flush=True)
             rows.append(row._asdict() | {"median": row.median, "verdict": row.verdict})
             if args.json:
                 files.write_json(args.json, {**about, "rows": rows})

@@ -142,11 +142,11 @@ def epoch_rows(bench: Bench) -> Iterable[Row]:
             "bare": lambda: bare(batches, num_steps),
         }
         seconds = interleaved(rounds, bench)
-        figures = {"s for 10 steps": median_ms(seconds["ours"]) / 1000, "bare s": median_ms(seconds["bare"]) / 1000}
+        figures = {"s": median_ms(seconds["ours"]) / 1000, "bare s": median_ms(seconds["bare"]) / 1000}
         if not bench.compile:
             share = 1 - operations(bare, batches[:1]) / operations(with_rsg, batches[:1])
             figures["extra layers, % of operations"] = 100 * share
-        name = f"resnet32, {num_steps} steps, LDAM + SupCon + RSG: time / bare"
+        name = f"resnet32, first {num_steps} steps, LDAM + SupCon + RSG: time / bare"
         yield Row("epoch", name, quotients(seconds["ours"], seconds["bare"]), figures)
 
 

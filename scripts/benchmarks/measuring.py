@@ -114,11 +114,12 @@ def hardware(bench: Bench) -> dict[str, object]:
     }
 
 
+HEADER = f"{'':86} {'median':>7}  {'spread':16} {'target':16} medians of both"
+
+
 def text_of(row: Row) -> str:
     """A line of the table."""
     spread = f"{min(row.ratios):.3g} to {max(row.ratios):.3g}"
     figures = ", ".join(f"{key} {value:.4g}" for key, value in row.figures.items())
-    return f"{row.name:62} {row.median:7.3g}  {spread:16} {row.target:8} {row.verdict:7} {figures}".rstrip()
-
-
-HEADER = f"{'':74} {'median':>7}  {'spread':16} {'target':16} medians of both"
+    line = f"{row.group:10}  {row.name:74} {row.median:7.3g}  {spread:16} {row.target:8} {row.verdict:7} {figures}"
+    return line.rstrip()
