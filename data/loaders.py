@@ -23,6 +23,7 @@ from engine import distributed
 from engine.errors import Failed, Refused
 
 CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
+IN_CACHE = 2**22  # bytes of images that a CPU handles at a time: all that is done to a pixel is done in its cache
 
 
 class Batch(NamedTuple):
@@ -92,11 +93,18 @@ class TrainingLoader:
         else:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
         for images, batch, numbers in zip(self.source.read(keys), indices, draws, strict=True):
-            images = self.augmented(images.to(self.device, non_blocking=True), numbers.to(self.device))
+            images = self.augmented(
+                images.to(self.device, non_blocking=True), numbers.to(self.device, non_blocking=True)
+            )
             yield Batch(images, self.targets[batch].to(self.device, non_blocking=True), batch)
 
     def augmented(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 images to what the model is fed; the crop of larger images has been made."""
+        number = len(images) if images.device.type != "cpu" else max(1, IN_CACHE // (12 * self.pixels.size**2))
+        parts = zip(images.split(number), draws.split(number), strict=True)
+        return torch.cat([self._augmented(*part) for part in parts])
+
+    def _augmented(self, images: Tensor, draws: Tensor) -> Tensor:
         if self.small:
             images = transforms.padded_crop(images, draws)
         if self.flips:
@@ -147,7 +155,7 @@ class CachedViews:
 
     def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
         for indices in batches:
-            yield self.views[indices]
+            yield self.views[torch.tensor(indices).to(self.views.device, non_blocking=True)]
 
 
 class WorkerPool:
@@ -257,7 +265,7 @@ def fixed_views(paths: list[Path], size: int, workers: int, device: torch.device
 def read_batch(keys: list, read: Callable) -> Tensor | str:
     """uint8 [B, 3, S, S], or what is wrong with a file: an exception would bring a worker's traceback along."""
     try:
-        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2).contiguous()
     except Refused as error:
         return str(error)
 
