@@ -17,7 +17,7 @@ from engine.console import say, warn
 from engine.errors import one_line_errors
 from engine.guard import NonFiniteGuard
 from engine.interrupt import StopSignal
-from engine.numerics import autocast_dtype, build_scaler
+from engine.numerics import autocast_dtype, build_scaler, check_compiler, is_channels_last
 from engine.optim import (
     build_average,
     build_clip,
@@ -65,6 +65,9 @@ def main(args: argparse.Namespace) -> None:
     seed = run.record["seed"] if run.record else distributed.from_main(seed)
     pixels = pixels_of(run.record) if run.record else build_pixels(args, folders)
     amp_dtype = autocast_dtype(args.amp, device)
+    channels_last = is_channels_last(args.channels_last, amp_dtype, device)
+    if args.compile:
+        check_compiler(device)
     training = distributed.together(lambda: build_training_loader(args, folders, pixels, seed, device))
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
@@ -74,10 +77,14 @@ def main(args: argparse.Namespace) -> None:
         for mismatch in load_backbone_weights(model.backbone, args.weights):
             say(f"{args.weights}: {mismatch}")
     model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(args, model, pixels.size)
     state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
     state.averaged = build_average(model, args.ema_decay)
-    record = new_record(args, folders, pixels, seed, model, amp_dtype)
+    record = new_record(args, folders, pixels, seed, model, amp_dtype, channels_last)
+    if args.compile:
+        model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         run.check_unchanged()
         saved = read_state(run.path, device) if run.record else None

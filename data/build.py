@@ -176,4 +176,4 @@ def build_evaluation_loader(
 
 def _workers(args: argparse.Namespace) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(args.workers, cores)
+    return min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

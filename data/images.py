@@ -38,13 +38,13 @@ def read_image(path: Path, at_least: int | None = None) -> Image.Image:
 
 def as_seen(image: Image.Image) -> Image.Image:
     """``image`` turned as its EXIF tag says, in 8 bits, over white, in RGB."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         return eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

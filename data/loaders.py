@@ -26,6 +26,7 @@ from engine.errors import Failed, Refused
 
 CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
 POLICY_IMAGES = 2048  # to which a policy is applied at once
+IN_CACHE = 2**22  # bytes of images that a CPU handles at a time: all that is done to a pixel is done in its cache
 
 
 class Batch(NamedTuple):
@@ -122,13 +123,15 @@ class TrainingLoader:
         else:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
         shown = (
-            (self.cropped(images.to(self.device, non_blocking=True), numbers), numbers)
-            for images, numbers in zip(self.source.read(keys), (rows.to(self.device) for rows in draws), strict=True)
+            (self.in_parts(self.cropped, images.to(self.device, non_blocking=True), numbers), numbers)
+            for images, numbers in zip(
+                self.source.read(keys), (rows.to(self.device, non_blocking=True) for rows in draws), strict=True
+            )
         )
         if self.policy is not None and self.small:
             shown = self.with_policy(shown)
         batches = (
-            Batch(self.coloured(images, numbers), self.rows_of(self.targets, batch), batch)._replace(
+            Batch(self.in_parts(self.coloured, images, numbers), self.rows_of(self.targets, batch), batch)._replace(
                 weights=self.rows_of(self.weights, batch), real=self.rows_of(self.real, batch)
             )
             for (images, numbers), batch in zip(shown, indices, strict=True)
@@ -137,6 +140,12 @@ class TrainingLoader:
 
     def rows_of(self, values: Tensor | None, batch: Tensor) -> Tensor | None:
         return None if values is None else values[batch].to(self.device, non_blocking=True)
+
+    def in_parts(self, function: Callable[[Tensor, Tensor], Tensor], images: Tensor, draws: Tensor) -> Tensor:
+        """``function`` of as many images at a time as the cache of a CPU holds."""
+        number = len(images) if images.device.type != "cpu" else max(1, IN_CACHE // (12 * self.pixels.size**2))
+        parts = zip(images.split(number), draws.split(number), strict=True)
+        return torch.cat([function(*part) for part in parts])
 
     def cropped(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 images cropped, which has been done for larger ones, and mirrored."""
@@ -213,7 +222,7 @@ class CachedViews:
 
     def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
         for indices in batches:
-            yield self.views[indices]
+            yield self.views[torch.tensor(indices).to(self.views.device, non_blocking=True)]
 
 
 class WorkerPool:
@@ -325,7 +334,7 @@ def fixed_views(paths: list[Path], size: int, workers: int, device: torch.device
 def read_batch(keys: list, read: Callable) -> Tensor | str:
     """uint8 [B, 3, S, S], or what is wrong with a file: an exception would bring a worker's traceback along."""
     try:
-        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2).contiguous()
     except Refused as error:
         return str(error)
 

@@ -4,6 +4,7 @@ Each image has one row of `DRAWS` numbers in [0, 1) that says all that is random
 depend on who computes it: one process or many, in one run or resumed.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def padded_crop(images: Tensor, draws: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] shifted by up to an eighth of S each way, black where nothing is left."""
     size = images.shape[-1]
     margin = size // 8
-    offsets = (draws[:, [TOP, LEFT]] * (2 * margin + 1)).long()  # [B, 2] in 0..2 margin
+    offsets = (draws[:, TOP : LEFT + 1] * (2 * margin + 1)).long()  # [B, 2] in 0..2 margin
     pixels = torch.arange(size, device=images.device)
     rows, columns = offsets[:, :1] + pixels, offsets[:, 1:] + pixels  # [B, S]
     image = torch.arange(len(images), device=images.device)[:, None, None, None]
@@ -80,15 +81,18 @@ def mirrored(images: Tensor, draws: Tensor) -> Tensor:
 
 def colour_jitter(images: Tensor, draws: Tensor) -> Tensor:
     """Brightness, contrast and saturation of float images in [0, 1], in this order, each by its own factor."""
-    factors = 1 + JITTER * (2 * draws[:, [BRIGHTNESS, CONTRAST, SATURATION], None, None, None] - 1)  # [B, 3, 1, 1, 1]
-    images = (images * factors[:, 0]).clamp(0, 1)
-    images = torch.lerp(_grey(images).mean(dim=(1, 2, 3), keepdim=True), images, factors[:, 1]).clamp(0, 1)
-    return torch.lerp(_grey(images), images, factors[:, 2]).clamp(0, 1)
+    factors = 1 + JITTER * (2 * draws[:, BRIGHTNESS : SATURATION + 1, None, None, None] - 1)  # [B, 3, 1, 1, 1]
+    brightness, contrast, saturation = factors.unbind(1)
+    images = (images * brightness).clamp_(0, 1)
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+    grey = _grey(images)
+    return images.mul_(saturation).add_(grey * (1 - saturation)).clamp_(0, 1)
 
 
 def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor((0.2989, 0.587, 0.114))[:, None, None]
-    return (images * weights).sum(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def cutout(images: Tensor, draws: Tensor) -> Tensor:
@@ -130,4 +134,9 @@ def cutmix_box(share: float, size: int, center: tuple[float, float]) -> Mixing:
 
 def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Float images in [0, 1] minus mean, over standard deviation, by channel."""
-    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+    return (images - _by_channel(mean, images.device, images.dtype)) / _by_channel(std, images.device, images.dtype)
+
+
+@functools.cache  # a copy to a device would make each batch wait for it
+def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]

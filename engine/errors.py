@@ -46,6 +46,8 @@ def _sentence(error: Exception) -> str:
     """What a user can do something about; any other `RuntimeError` is a defect and goes on as it is."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which scripts that do without torch need not load
         return f"{str(error).splitlines()[0]} Try a smaller --batch_size, or --accumulate_steps"
+    if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
+        return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):
         if "shared memory" in str(error):
             return "shared memory is too small for the decoded images; try --cache_limit 0, or a larger /dev/shm"

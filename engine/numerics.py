@@ -2,12 +2,18 @@
 
 import functools
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from engine.errors import Refused
+
 AMP = ("auto", "off", "bf16", "fp16")
+CHANNELS_LAST = ("auto", "on", "off")
 
 
 def in_float32(forward: Callable) -> Callable:
@@ -44,6 +50,24 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         return torch.bfloat16 if has_native_bfloat16(device) else None
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def is_channels_last(choice: str, amp_dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether ``--channels_last`` means that maps lie in memory pixel by pixel, all channels of each.
+
+    ``auto``: with half precision on hardware that multiplies it, whose convolutions want that order.
+    """
+    if choice == "auto":
+        return amp_dtype is not None and (device.type == "cuda" or has_native_bfloat16(device))
+    return choice == "on"
+
+
+def check_compiler(device: torch.device) -> None:
+    """`Refused` where `torch.compile` lacks the compiler that it calls."""
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            raise Refused(f"--compile needs a C++ compiler, and there is no {compiler}; install one or leave it out")
 
 
 def build_scaler(amp_dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:

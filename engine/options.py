@@ -6,7 +6,7 @@ from pathlib import Path
 from data.build import add_data_flags
 from engine.errors import Refused
 from engine.flags import Parser, add_switch, number_in
-from engine.numerics import AMP
+from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
 from losses import add_loss_flags
 from models import add_model_flags
@@ -40,6 +40,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--sync_bn", False, "batch normalisation over all processes; GPUs only")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     group.add_argument("--amp", choices=AMP, default="auto", help="precision of the backbone; auto: bf16 where native")
+    group.add_argument(
+        "--channels_last", choices=CHANNELS_LAST, default="auto", help="order of maps in memory; auto: on with half"
+    )
+    add_switch(group, "--compile", False, "compile the backbone: slow to start, then faster")
     group.add_argument("-p", "--print_freq", "--print-freq", type=number_in(1, kind=int), default=10, help="in steps")
 
 

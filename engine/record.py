@@ -37,6 +37,7 @@ def new_record(
     seed: int,
     model: LongTailClassifier,
     amp_dtype: torch.dtype | None,
+    channels_last: bool,
 ) -> dict:
     """The content of args.json."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
@@ -60,6 +61,8 @@ def new_record(
         "generator_parameters": generator,
         "objective": str(build_objective(args, folders.class_counts)),
         "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
+        "channels_last": channels_last,
+        "compiled": args.compile,
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -118,9 +121,11 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         f"{record['img_size']} px, {'mirrored at random' if flips else 'not mirrored'}; "
         f"split {record['split_hash'][:12]}"
     )
+    layout = "channels last" if record["channels_last"] else "channels first"
     model = (
-        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']} on "
-        f"{record['device']}, {record['threads']} threads; seed {record['seed']}"
+        f"model      {args.arch}, {record['parameters'] / 1e6:.2f} M parameters; {record['precision']}, {layout}"
+        f"{', compiled' if record['compiled'] else ''} on {record['device']}, {record['threads']} threads; "
+        f"seed {record['seed']}"
     )
     lines = [data, model, f"objective  {record['objective']}"]
     if folders.synthetic:

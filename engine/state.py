@@ -68,6 +68,11 @@ class TrainingState:
                     getattr(self, entry.name).load_state_dict(content[entry.name])
                 else:
                     setattr(self, entry.name, content[entry.name])
+            for parameter, moments in self.optimizer.state.items():
+                for name, moment in moments.items():
+                    if moment is not None and moment.shape == parameter.shape:
+                        # in the order of the parameter, which may have been another: fused updates go by memory
+                        moments[name] = torch.empty_like(parameter).copy_(moment)
             self.sums = {name: value * distributed.is_main() for name, value in self.sums.items()}
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())

@@ -2,10 +2,22 @@
 
 from collections import OrderedDict
 
+import torch
+import torch._dynamo
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from engine.errors import Refused
+
+
+class Part(nn.Sequential):
+    """Layers one after the other. Compiled once, they serve every number of rows: the generator's is another in every
+    step, and a last batch is short."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if self._compiled_call_impl is not None:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        return super().__call__(rows)
 
 
 class Backbone(nn.Module):
@@ -14,10 +26,15 @@ class Backbone(nn.Module):
     ``map_channels`` is C, ``num_features`` is D.
     """
 
-    def __init__(self, lower: nn.Module, upper: nn.Module, map_channels: int, num_features: int):
+    def __init__(self, lower: Part, upper: Part, map_channels: int, num_features: int):
         super().__init__()
         self.lower, self.upper = lower, upper
         self.map_channels, self.num_features = map_channels, num_features
+
+    def compile(self, **options) -> None:
+        """`torch.compile` of the two parts, in place: parameters keep their names, and a copy is not compiled."""
+        for part in (self.lower, self.upper):
+            part.compile(**options)
 
 
 def torchvision_resnet(arch: str, stem: str = "imagenet", pretrained: bool = False) -> Backbone:
@@ -39,4 +56,4 @@ def torchvision_resnet(arch: str, stem: str = "imagenet", pretrained: bool = Fal
     num_features = layers.pop("fc").in_features
     upper = OrderedDict((name, layers.pop(name)) for name in ("layer4", "avgpool"))
     upper["flatten"] = nn.Flatten()
-    return Backbone(nn.Sequential(layers), nn.Sequential(upper), num_features // 2, num_features)
+    return Backbone(Part(layers), Part(upper), num_features // 2, num_features)

@@ -1,7 +1,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import Backbone
+from models.backbones import Backbone, Part
 
 
 class BasicBlock(nn.Module):
@@ -33,9 +33,7 @@ def resnet_cifar(depth: int = 32, width: int = 16) -> Backbone:
         _stage(width, 2 * width, blocks, 2),
         _stage(2 * width, 4 * width, blocks, 2),
     )
-    layers = nn.Sequential(
-        *stem, *(block for stage in stages for block in stage), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    layers = Part(*stem, *(block for stage in stages for block in stage), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for layer in layers.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
