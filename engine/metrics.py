@@ -64,11 +64,23 @@ def brier_score(probabilities: np.ndarray, targets: np.ndarray) -> float:
     return float((np.square(probabilities).sum(axis=1) - 2 * at_target + 1).mean())
 
 
+def calibration_bins(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, mean confidence and accuracy of ``bins`` equally wide bins of confidence [bins]; NaN in empty bins.
+
+    Bin k holds confidences in [k, k + 1) / bins, the last one 1 too.
+    """
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    rows = np.bincount(index, minlength=bins)
+    size = np.where(rows > 0, rows, np.nan)
+    return rows, np.bincount(index, confidence, bins) / size, np.bincount(index, correct, bins) / size
+
+
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over equally wide bins, weighted by their rows (Guo et al., 2017)."""
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, confidence - correct, minlength=bins)  # bin size x (mean confidence - accuracy)
-    return float(np.abs(gaps).sum() / len(confidence))
+    rows, mean_confidence, accuracy = calibration_bins(confidence, correct, bins)
+    return float(np.nansum(rows * np.abs(mean_confidence - accuracy)) / len(confidence))
 
 
 def summary(

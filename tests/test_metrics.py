@@ -12,6 +12,7 @@ from engine.evaluate import Predictions, chosen_logits, class_means, validation_
 from engine.metrics import (
     bootstrap_intervals,
     brier_score,
+    calibration_bins,
     class_mean_logits,
     confusion_matrix,
     expected_calibration_error,
@@ -128,6 +129,13 @@ def test_the_calibration_error_counts_full_confidence_in_the_last_bin():
     error = expected_calibration_error(confidence, correct)
     assert error == pytest.approx((abs(2 - 2.95) + 0.3) / 4, **EXACT)
     assert error == pytest.approx(slow_calibration_error(confidence, correct), **EXACT)
+
+
+def test_calibration_bins_hold_nan_where_they_are_empty():
+    rows, mean_confidence, accuracy = calibration_bins(np.array([0.1, 0.6, 0.9, 1.0]), np.array([1, 0, 1, 1]), bins=4)
+    assert rows.tolist() == [1, 0, 1, 2]
+    np.testing.assert_allclose(mean_confidence, [0.1, math.nan, 0.6, 0.95])
+    np.testing.assert_array_equal(accuracy, [1, math.nan, 0, 1])
 
 
 def test_certain_logits_have_a_calibration_error_of_one_minus_accuracy():
