@@ -10,7 +10,7 @@ import numpy as np
 from data.build import sampler_of
 from data.samplers import SAMPLERS
 from engine.errors import Refused
-from losses import CLASS_WEIGHTS, CLASSIFICATION_LOSSES
+from losses import build_objective
 
 
 def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarray) -> np.ndarray:
@@ -20,29 +20,27 @@ def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarr
 
 
 def model_prior(flags: dict, class_counts: list[int], head: str, epoch: int) -> np.ndarray:
-    """The class prior [C] that training to ``epoch`` put into the softmax of ``head``.
+    """The class prior [C], sum 1, that training up to ``epoch`` put into the softmax of ``head``.
 
-    With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one) and w_lj the class weights
-    of loss l, which has the factor f_l: p_j ~ d_j sum_l f_l w_lj / sum_k d_k w_lk. Plain cross-entropy gives the
-    training prior, inverse-frequency weights or a balanced sampler a uniform one. Exact for cross-entropy that is
-    fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
+    With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), w_lj the class weights of
+    loss l on the head and a_lj what it adds to the logits while training: p_j is the mean over the losses, by their
+    factors, of d_j w_lj exp(-a_lj), each of sum 1. Plain cross-entropy gives the training prior; inverse-frequency
+    weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
+    is fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
     class mean knows no prior: uniform.
     """
-    uniform = np.full(len(class_counts), 1 / len(class_counts))
     if head == "ncm":
-        return uniform
+        return np.full(len(class_counts), 1 / len(class_counts))
     args = argparse.Namespace(**flags)
     power = SAMPLERS[sampler_of(args, epoch)]
     drawn = _normalised(np.array(class_counts, dtype=float) ** (1 if power is None else power))
-    deferred = args.drw_epoch is not None and epoch < args.drw_epoch
-    shares = []
-    for name in CLASSIFICATION_LOSSES:
-        if getattr(args, f"add_{name}_loss"):
-            weights_of = CLASS_WEIGHTS["none" if deferred else getattr(args, f"{name}_weight_type")][1]
-            weights = weights_of(args, class_counts)
-            share = drawn if weights is None else _normalised(drawn * weights.double().numpy())
-            shares.append(getattr(args, f"{name}_loss_weight") * share)
-    return _normalised(sum(shares)) if shares else drawn  # margin heads alone train with plain cross-entropy
+    prior = np.zeros(len(class_counts))
+    for term in build_objective(args, class_counts, epoch).head_terms:
+        if term.head == ("main" if head == "mean" else head):  # all heads have the same losses
+            buffers = {name.split(".")[-1]: value.double().numpy() for name, value in term.loss_fn.named_buffers()}
+            share = drawn * buffers.get("weight", 1) * np.exp(-buffers.get("adjustments", 0))
+            prior += term.factor * _normalised(share)
+    return _normalised(prior) if prior.any() else drawn
 
 
 def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.ndarray:
