@@ -394,7 +394,7 @@ def test_near_duplicates_of_the_first_images_are_those_pairs_of_all():
 
 
 def test_a_digits_run_keeps_out_what_it_takes_for_another_class(tmp_path):
-    """Scikit-learn's digits 0 to 3, 8x8 px: 20 of each to train on, the 5 after them are candidates.
+    """Scikit-learn's digits 0 to 3, 8x8 px: 20 of each to train on, the 5 after them are candidates."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     for label in range(4):
