@@ -23,6 +23,9 @@ LOSSES = {
     "weighted_ldam": LDAMLoss(COUNTS, weight=inverse_frequency_weights(COUNTS)),
     "focal": FocalLoss(weight=inverse_frequency_weights(COUNTS)),
     "supcon": SupConLoss(),
+    "row_weights": lambda logits, targets: CrossEntropyLoss()(logits, targets, 1 / (1 + targets)),
+    "row_weights_focal": lambda logits, targets: FocalLoss()(logits, targets, 1 / (1 + targets)),
+    "row_weights_supcon": lambda rows, targets: SupConLoss()(rows, targets, row_weights=1 / (1 + targets)),
 }
 
 
