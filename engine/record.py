@@ -56,7 +56,7 @@ def new_record(
         "std": pixels.std,
         "split_hash": split_hash(folders),
         **synthetic,
-        "parameters": sum(sizes.values()) - generator,
+        "parameters": sum(size for name, size in sizes.items() if name.startswith(("backbone.", "heads."))),
         "generator_parameters": generator,
         "objective": str(build_objective(args, folders.class_counts)),
         "precision": str(amp_dtype or torch.float32).removeprefix("torch."),

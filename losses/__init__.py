@@ -125,6 +125,8 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             "--supcon_balance takes the classifier's weights as prototypes, but no loss trains a classifier; add one, "
             "for example --add_logit_adjusted_loss"
         )
+    if args.freeze_backbone and predicts_by_class_means(args):
+        raise Refused("--freeze_backbone leaves nothing to train: no loss trains a classifier; add one")
     warnings = []
     if predicts_by_class_means(args):
         warnings.append(

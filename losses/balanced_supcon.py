@@ -42,8 +42,8 @@ class BalancedSupConLoss(nn.Module):
         similarities = anchors @ keys.T / self.temperature  # [A, K]
         itself = torch.eye(len(anchors), len(keys), dtype=torch.bool, device=keys.device)
         same = anchor_targets[:, None] == key_targets
-        class_sizes = (key_targets[:, None] == classes).sum(dim=0)[key_targets] - same.long()  # |B_j| without itself
-        terms = (similarities - class_sizes.log()).masked_fill(itself, torch.finfo(keys.dtype).min)
+        members = (key_targets[:, None] == classes).sum(dim=0)[key_targets] - same.long()  # |B_j| without the anchor
+        terms = (similarities - members.to(keys.dtype).log()).masked_fill(itself, torch.finfo(keys.dtype).min)
         positives = same & ~itself  # the prototype at least
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / positives.sum(dim=1)
         loss = terms.logsumexp(dim=1) - mean_positive

@@ -62,12 +62,13 @@ class LongTailClassifier(nn.Module):
             auxiliary["projections"] = self.projection(features)
         if self.prototypes is not None and self.training:
             auxiliary["prototypes"] = self.prototypes(self.heads["main"].weight)
-        scales = {name: head.scale_of(features) for name, head in self.heads.items()}
+        mixed_logits = None
         if mixed_targets is None:
             logits = {name: head(features, targets) for name, head in self.heads.items()}
-            return Output(features, logits, scales, targets, auxiliary)
-        pairs = {name: head.for_mixed(features, targets, mixed_targets) for name, head in self.heads.items()}
-        logits, mixed_logits = ({name: pair[which] for name, pair in pairs.items()} for which in (0, 1))
+        else:
+            pairs = {name: head.for_mixed(features, targets, mixed_targets) for name, head in self.heads.items()}
+            logits, mixed_logits = ({name: pair[which] for name, pair in pairs.items()} for which in (0, 1))
+        scales = {name: head.scale_of(features) for name, head in self.heads.items()}
         return Output(features, logits, scales, targets, auxiliary, mixed_logits, mixed_targets)
 
     def start_phase(self, generating: bool, heads_trained: bool, projection_trained: bool) -> tuple[bool, ...]:

@@ -13,7 +13,15 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from engine import distributed
-from losses import CrossEntropyLoss, FocalLoss, LDAMLoss, SupConLoss, inverse_frequency_weights
+from losses import (
+    BalancedSupConLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    SupConLoss,
+    inverse_frequency_weights,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = [40, 12, 3]
@@ -23,6 +31,8 @@ LOSSES = {
     "weighted_ldam": LDAMLoss(COUNTS, weight=inverse_frequency_weights(COUNTS)),
     "focal": FocalLoss(weight=inverse_frequency_weights(COUNTS)),
     "supcon": SupConLoss(),
+    "logit_adjusted": LogitAdjustedLoss(COUNTS, weight=inverse_frequency_weights(COUNTS), label_smoothing=0.1),
+    "balanced_supcon": lambda rows, targets: BalancedSupConLoss()(rows, targets, torch.eye(3) - 0.1),
     "row_weights": lambda logits, targets: CrossEntropyLoss()(logits, targets, 1 / (1 + targets)),
     "row_weights_focal": lambda logits, targets: FocalLoss()(logits, targets, 1 / (1 + targets)),
     "row_weights_supcon": lambda rows, targets: SupConLoss()(rows, targets, row_weights=1 / (1 + targets)),
@@ -110,6 +120,7 @@ def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image
     flags = ["--data_dir", str(tiny_dataset), "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
     flags += ["--arch", "resnet32", "--epochs", "13", "--batch_size", "4", "--epoch_thresh", "6", "--run_name", "two"]
     flags += ["--device", "cpu", "--lr", "0.01", "--add_arc_margin_loss", "--supcon_generated", "keys"]
+    flags += ["--supcon_balance", "--ema_decay", "0.5", "--augment", "autoaugment"]
     result = torchrun(2, "imagenet_lt_train.py", *flags)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]

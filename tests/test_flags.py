@@ -7,7 +7,7 @@ import pytest
 
 import imagenet_lt_test
 import imagenet_lt_train
-from engine.flags import Parser, add_switch, number_in
+from engine.flags import Parser, add_switch, epoch_or_share, number_in, resolved_epoch
 
 
 def parser() -> Parser:
@@ -106,6 +106,20 @@ def test_a_number_out_of_range_is_refused_with_the_range(flag, word, bounds, cap
 @pytest.mark.parametrize(("flag", "word", "kind"), [("share", "half", "float"), ("count", "2.5", "int")])
 def test_a_word_that_is_no_number_is_refused_by_kind(flag, word, kind, capsys):
     assert f"invalid {kind} value: {word!r}" in refused(capsys, f"--{flag}={word}")
+
+
+@pytest.mark.parametrize(
+    ("word", "epoch"), [("160", 160), ("0.8", 24), ("0.025", 1), ("0.", 0), ("1.0", 30), ("-1", -1)]
+)
+def test_an_epoch_with_a_point_is_a_share_of_all(word, epoch):
+    args = argparse.Namespace(start=epoch_or_share(-1)(word), epochs=30)
+    assert resolved_epoch(args, "start") == epoch
+
+
+@pytest.mark.parametrize("word", ["1.5", "-2", "-0.1", "nan", "1e2", "half"])
+def test_what_is_neither_an_epoch_nor_a_share_is_refused(word):
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        epoch_or_share(-1)(word)
 
 
 # --- errors
@@ -228,6 +242,19 @@ ADDED = {
     "--resume": False,
     "--run_name": None,
     "--save_every_steps": None,
+    "--add_logit_adjusted_loss": False,
+    "--logit_adjust_tau": 1,
+    "--logit_adjusted_weight_type": "none",
+    "--label_smoothing": 0,
+    "--supcon_balance": False,
+    "--augment": [],
+    "--mixup": None,
+    "--cutmix": None,
+    "--optimizer": "sgd",
+    "--nesterov": False,
+    "--backbone_lr": None,
+    "--ema_decay": None,
+    "--freeze_backbone": False,
 }
 TEST_SCRIPT = {
     "--data_dir": None,

@@ -210,6 +210,26 @@ def test_sphereface_counts_the_forward_passes_of_training_that_have_targets():
     assert head.step == 3
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_mixed_images_are_those_of_two_passes_and_the_training_step_counts_once(name):
+    head, again = HEADS[name](5, 3), HEADS[name](5, 3)
+    again.load_state_dict(head.state_dict())
+    features, targets, others = torch.randn(4, 5), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    leaves = [features.clone().requires_grad_() for _ in range(2)]
+    first, second = head.for_mixed(leaves[0], targets, others)
+    step = getattr(head, "step", None)
+    assert step is None or step == 1
+    again.eval()  # so that the step does not go on between the two
+    if step is not None:
+        again.step += 1
+    expected = again(leaves[1], targets), again(leaves[1], others)
+    torch.testing.assert_close((first, second), expected)
+    (0.3 * first.sin() + 0.7 * second.cos()).sum().backward()
+    (0.3 * expected[0].sin() + 0.7 * expected[1].cos()).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    torch.testing.assert_close(head.weight.grad, again.weight.grad)
+
+
 def test_the_step_of_sphereface_is_saved_with_the_weights():
     head, other = SphereFaceHead(4, 3), SphereFaceHead(4, 3)
     for _ in range(7):

@@ -13,8 +13,11 @@ from torchvision.ops import sigmoid_focal_loss
 from engine.flags import Parser
 from losses import (
     CLASSIFICATION_LOSSES,
+    BalancedSupConLoss,
+    CrossEntropyLoss,
     FocalLoss,
     LDAMLoss,
+    LogitAdjustedLoss,
     SupConLoss,
     add_loss_flags,
     class_balanced_weights,
@@ -63,6 +66,7 @@ def every_loss():
     yield "supcon", lambda rows: SupConLoss()(rows, targets)
     yield "supcon-views", lambda rows: SupConLoss()(rows.view(3, 2, 4), targets[1:4])
     yield "supcon-anchors", lambda rows: SupConLoss()(rows, targets, num_anchors=3)
+    yield "supcon-balanced", lambda rows: BalancedSupConLoss()(rows, targets, torch.eye(4) - 0.1, num_anchors=5)
 
 
 ALL_LOSSES = dict(every_loss())
@@ -169,6 +173,50 @@ def test_the_scale_of_the_weights_does_not_matter_to_cross_entropy_but_does_to_f
     logits, targets, weight = torch.randn(9, 3), torch.randint(3, (9,)), inverse_frequency_weights(COUNTS)
     close(cross_entropy(7 * weight)(logits, targets), cross_entropy(weight)(logits, targets))
     close(FocalLoss(2, 7 * weight)(logits, targets), 7 * FocalLoss(2, weight)(logits, targets))
+
+
+@pytest.mark.parametrize("weight", [None, inverse_frequency_weights(COUNTS).double()])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_torchs(weight, smoothing):
+    logits, targets = 3 * torch.randn(9, 3).double(), torch.randint(3, (9,))
+    theirs = torch.nn.CrossEntropyLoss(weight, label_smoothing=smoothing)(logits, targets)
+    close(CrossEntropyLoss(weight, smoothing)(logits, targets), theirs, 1e-12)
+
+
+def test_label_smoothing_goes_through_ldam_and_the_logit_adjusted_loss():
+    logits, targets = 30 * torch.rand(9, 3).double(), torch.randint(3, (9,))
+    shifted = logits - 30 * F.one_hot(targets, 3) * LDAMLoss(COUNTS).margins
+    expected = F.cross_entropy(shifted, targets, label_smoothing=0.2)
+    close(LDAMLoss(COUNTS, label_smoothing=0.2)(logits, targets), expected)
+    adjusted = logits + (torch.tensor(COUNTS).double() / 1110).log()
+    expected = F.cross_entropy(adjusted, targets, label_smoothing=0.2)
+    close(LogitAdjustedLoss(COUNTS, label_smoothing=0.2)(logits, targets), expected)
+
+
+# Logit-adjusted loss
+
+
+@pytest.mark.parametrize(("target", "expected"), [(0, 0.036608), (2, 7.641778)])
+def test_the_logit_adjusted_loss_of_one_row_is_the_number_of_the_hand_case(target, expected):
+    close(LogitAdjustedLoss(COUNTS)(double((2, 1, -1)), torch.tensor([target])), expected)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("weight", [None, class_balanced_weights(COUNTS, 0.99).double()])
+def test_the_logit_adjusted_loss_is_cross_entropy_with_the_log_prior_added(tau, weight):
+    logits, targets, priors = 5 * torch.randn(12, 3).double(), torch.randint(3, (12,)), [n / 1110 for n in COUNTS]
+    for j, prior in enumerate(priors):
+        assert LogitAdjustedLoss(COUNTS, tau).adjustments[j].item() == pytest.approx(tau * math.log(prior), rel=1e-6)
+    adjusted = logits + tau * double(*(math.log(prior) for prior in priors))
+    ours = loss_and_gradient(LogitAdjustedLoss(COUNTS, tau, weight), logits, targets)
+    theirs = loss_and_gradient(lambda z: F.cross_entropy(z, targets, weight), adjusted)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_the_logit_adjusted_loss_is_cross_entropy_without_tau_or_with_equal_counts():
+    logits, targets = torch.randn(9, 3).double(), torch.randint(3, (9,))
+    for loss_fn in (LogitAdjustedLoss(COUNTS, 0.0), LogitAdjustedLoss([7, 7, 7])):
+        close(loss_fn(logits, targets), F.cross_entropy(logits, targets), 1e-6)
 
 
 # LDAM
@@ -448,6 +496,54 @@ def test_supcon_does_not_change_when_rows_are_multiplied_or_permuted():
     rows, targets, order = torch.randn(8, 3).double(), torch.randint(3, (8,)), torch.randperm(8)
     expected = SupConLoss()(rows, targets)
     close(SupConLoss()((rows * (0.1 + torch.rand(8, 1)))[order], targets[order]), expected, 1e-12)
+
+
+# SupCon, balanced
+
+
+def balanced_supcon_row_by_row(rows, targets, prototypes, temperature, num_anchors=None):
+    """Eq. 6 and 7 of BCL with loops over anchors, classes and keys."""
+    num_rows, num_classes = len(rows), len(prototypes)
+    keys = F.normalize(torch.cat([rows, prototypes]))
+    labels, losses = targets.tolist() + list(range(num_classes)), []
+    for i in range(num_anchors or num_rows):
+        denominator = 0
+        for j in range(num_classes):
+            members = [k for k in range(len(keys)) if labels[k] == j and k != i]
+            denominator += sum((keys[i] @ keys[k] / temperature).exp() for k in members) / len(members)
+        positives = [p for p in range(len(keys)) if labels[p] == labels[i] and p != i]
+        terms = [keys[i] @ keys[p] / temperature - denominator.log() for p in positives]
+        losses.append(-sum(terms) / len(terms))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("num_anchors", [None, 4])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_balanced_supcon_is_the_mean_of_a_loop_in_value_and_gradients(temperature, num_anchors):
+    rows, prototypes = 3 * torch.randn(9, 4).double(), torch.randn(5, 4).double()
+    targets = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 4])  # a singleton, and a class with a prototype only
+    both = []
+    for loss_fn in (
+        lambda z, c: BalancedSupConLoss(temperature)(z, targets, c, num_anchors),
+        lambda z, c: balanced_supcon_row_by_row(z, targets, c, temperature, num_anchors).mean(),
+    ):
+        leaves = [rows.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+        loss = loss_fn(*leaves)
+        both.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*both, atol=1e-9, rtol=0)
+
+
+def test_balanced_supcon_of_two_views_is_that_of_all_rows():
+    rows, prototypes, targets = torch.randn(6, 2, 4).double(), torch.randn(3, 4).double(), torch.randint(3, (6,))
+    flat = torch.cat([rows[:, 0], rows[:, 1]])
+    expected = balanced_supcon_row_by_row(flat, targets.repeat(2), prototypes, 0.07).mean()
+    close(BalancedSupConLoss()(rows, targets, prototypes), expected, 1e-9)
+
+
+def test_balanced_supcon_of_identical_keys_is_the_logarithm_of_the_number_of_classes_however_they_are_filled():
+    for targets in ([0, 1, 2], [0, 0, 0, 0, 1], [2]):
+        loss = BalancedSupConLoss(0.1)(torch.ones(len(targets), 3), torch.tensor(targets), torch.ones(3, 3))
+        close(loss, math.log(3))
 
 
 # All losses

@@ -6,6 +6,7 @@ from engine.errors import Refused
 from engine.flags import Parser
 from losses import (
     CLASSIFICATION_LOSSES,
+    BalancedSupConLoss,
     SupConLoss,
     add_loss_flags,
     build_objective,
@@ -84,6 +85,10 @@ def model_and_output(words="", generating=True):
         (
             "--supcon_generated none --supcon_loss_weight 2",
             "0.1 LDAM(normed; ICF weights) + 2 SupCon(features; real rows) + 0.1 CESC + 0.01 MV",
+        ),
+        (
+            "--add_ldam_loss 0 --add_rsg 0 --add_logit_adjusted_loss --supcon_balance --supcon_loss_weight .35",
+            "1 logit-adjusted CE(normed) + 0.35 balanced SupCon(features)",
         ),
     ],
 )
@@ -224,6 +229,42 @@ def test_supcon_sees_the_features_or_the_projections():
         torch.testing.assert_close(parts["supcon"], SupConLoss(0.07)(rows_of(output), output.targets).detach())
 
 
+@pytest.mark.parametrize("generated", ["all", "keys", "none"])
+@pytest.mark.parametrize("projection", [0, 5])
+def test_balanced_supcon_takes_the_classifiers_weights_as_prototypes(generated, projection):
+    words = f"--supcon_balance --supcon_generated {generated} --supcon_projection_dim {projection}"
+    model, output = model_and_output(words)
+    parts = build_objective(flags(words), COUNTS)(output, 7)
+    rows, prototypes = output.features, model.heads["main"].weight
+    if projection:
+        rows, prototypes = output.auxiliary["projections"], model.prototypes(prototypes)
+    rows = rows if generated != "none" else rows[:7]
+    expected = BalancedSupConLoss(0.07)(
+        rows, output.targets[: len(rows)], prototypes, 7 if generated == "keys" else None
+    )
+    torch.testing.assert_close(parts[1]["supcon"], expected.detach())
+    model.heads["main"].weight.grad = None
+    expected.backward()
+    assert model.heads["main"].weight.grad.any()
+
+
+def test_every_classification_loss_of_mixed_images_is_that_of_both_targets_in_their_shares():
+    words = (
+        f"--add_cross_entropy_loss --add_focal_loss --add_logit_adjusted_loss {MARGIN_HEADS_ON} --add_rsg 0 "
+        "--add_supcon_loss 0 --cross_entropy_weight_type icf"
+    )
+    model = build_model(flags(words), COUNTS, False).eval()
+    images, targets, others = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 2, 3, 0, 0])
+    objective = build_objective(flags(words), COUNTS)
+    loss, parts = objective(model(images, targets, others), 5, 0.3)
+    (one, parts_of_one), (other, parts_of_other) = (objective(model(images, each), 5) for each in (targets, others))
+    torch.testing.assert_close(loss, 0.3 * one + 0.7 * other)
+    assert len(parts) == 16  # four losses on four heads
+    for part, value in parts.items():
+        torch.testing.assert_close(value, 0.3 * parts_of_one[part] + 0.7 * parts_of_other[part])
+        assert parts_of_one[part] != parts_of_other[part]
+
+
 def test_parts_carry_no_graph():
     _, output = model_and_output()
     assert not any(value.requires_grad for value in build_objective(flags(), COUNTS)(output, 7)[1].values())
@@ -251,6 +292,35 @@ def test_no_loss_on_is_refused():
         check_loss_flags(flags("--add_ldam_loss 0 --add_supcon_loss 0"), "uniform")
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--add_supcon_loss 0 --supcon_balance", "which is off"),
+        ("--add_ldam_loss 0 --supcon_balance", "as prototypes"),
+        ("--add_ldam_loss 0 --freeze_backbone", "nothing to train"),
+    ],
+)
+def test_what_needs_a_loss_that_is_off_is_refused(words, reason):
+    with pytest.raises(Refused, match=reason):
+        check_loss_flags(flags(words), "uniform")
+
+
+@pytest.mark.parametrize(
+    ("words", "sampler", "number"),
+    [
+        ("--ldam_weight_type none", "balanced", 1),
+        ("--ldam_weight_type none", "uniform", 0),
+        ("--ldam_weight_type none --logit_adjust_tau 0", "balanced", 0),
+        ("--logit_adjusted_weight_type icf", "uniform", 1),
+        ("--logit_adjusted_weight_type icf", "sqrt", 2),
+    ],
+)
+def test_a_logit_adjusted_loss_beside_another_correction_warns(words, sampler, number):
+    warnings = check_loss_flags(flags(f"--add_logit_adjusted_loss {words}"), sampler)
+    assert len(warnings) == number
+    assert all("corrected twice" in warning and "logit" in warning for warning in warnings)
+
+
 @pytest.mark.parametrize("beta", ["1", "-0.5", "nan"])
 def test_a_beta_out_of_range_is_refused(beta):
     with pytest.raises(Refused, match="--cbl_beta"):
@@ -265,6 +335,8 @@ def test_a_beta_out_of_range_is_refused(beta):
         ("", None),
         ("--add_ldam_loss 0 --add_arc_margin_loss", None),
         ("--norm_out False --add_ldam_loss 0 --add_focal_loss", None),
+        ("--add_ldam_loss 0 --add_focal_loss --label_smoothing .1", "--label_smoothing changes nothing"),
+        ("--add_ldam_loss 0 --add_arc_margin_loss --label_smoothing .1", None),
     ],
 )
 def test_doubtful_flags_warn(words, warning):

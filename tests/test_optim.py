@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import imagenet_lt_train
-from engine.optim import build_clip, build_optimizer, learning_rate, map_positions, set_learning_rate, steps_in_epoch
+from engine.optim import (
+    build_average,
+    build_clip,
+    build_optimizer,
+    learning_rate,
+    map_positions,
+    rates_in_force,
+    set_learning_rate,
+    steps_in_epoch,
+)
 from models import build_model
 
 
@@ -54,6 +63,12 @@ def test_warm_up_is_linear_and_leaves_the_rest_as_it_is(schedule):
     words = f"--lr 1 --lr_schedule {schedule} --epochs 20"
     assert rates(f"{words} --warmup_epochs 4", range(4)) == [0.25, 0.5, 0.75, 1]
     assert rates(f"{words} --warmup_epochs 4", range(4, 20)) == rates(words, range(4, 20))
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(200, 5), (40, 1), (12, 0)])
+def test_a_warm_up_with_a_point_is_a_share_of_the_epochs(epochs, warmup):
+    words = f"--lr 1 --lr_schedule constant --epochs {epochs} --warmup_epochs"
+    assert rates(f"{words} 0.025", range(12)) == rates(f"{words} {warmup}", range(12))
 
 
 # --- steps of an epoch
@@ -157,6 +172,58 @@ def test_a_step_is_sgd_with_momentum_and_decay_by_hand():
     torch.testing.assert_close(weight.detach(), expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "theirs"),
+    [
+        ("--nesterov", lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01, nesterov=True)),
+        ("--optimizer adamw", lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.01)),
+    ],
+)
+def test_steps_with_nesterov_and_adamw_are_torchs(words, theirs):
+    model, optimizer = model_and_optimizer(f"--lr 0.1 --wd 0.01 --add_rsg False {words}")
+    weight = model.heads["main"].weight
+    expected = weight.detach().clone().requires_grad_()
+    reference = theirs([expected])
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        expected.grad = weight.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(weight.detach(), expected.detach())
+
+
+def test_the_backbone_may_have_a_lower_rate_that_follows_the_schedule():
+    args = flags("--lr 0.2 --backbone_lr 0.01 --lr_schedule exponential")
+    model, optimizer = model_and_optimizer("--lr 0.2 --backbone_lr 0.01")
+    set_learning_rate(optimizer, learning_rate(args, 1))
+    assert group_of(optimizer, model.backbone.lower[0].weight)["lr"] == pytest.approx(0.009)
+    assert group_of(optimizer, model.heads["main"].weight)["lr"] == pytest.approx(0.18)
+    assert rates_in_force(args, 1) == pytest.approx({"lr": 0.18, "backbone_lr": 0.009})
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_the_average_is_the_exponential_mean_of_weights_and_running_statistics():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    averaged, expected = build_average(model, 0.7), None
+    for _ in range(4):
+        model(torch.randn(5, 2))
+        with torch.no_grad():
+            model[0].weight += torch.randn(3, 2)
+        now = [model[0].weight.detach().clone(), model[1].running_mean.clone(), model[1].running_var.clone()]
+        expected = now if expected is None else [0.7 * e + 0.3 * n for e, n in zip(expected, now, strict=True)]
+        averaged.update_parameters(model)
+    own = averaged.module
+    torch.testing.assert_close([own[0].weight.detach(), own[1].running_mean, own[1].running_var], expected)
+    assert build_average(model, None) is None
+
+
+@pytest.mark.parametrize("words", ["--nesterov --momentum 0", "--nesterov --optimizer adamw", "--ema_decay 1"])
+def test_settings_that_cannot_be_are_refused(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        flags(words)
+    assert words.split()[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("img_size", "positions"), [(32, 16 * 16), (28, 14 * 14), (9, 5 * 5)])
 def test_map_positions_are_those_the_generator_sees(img_size, positions):
     model, _ = model_and_optimizer()
@@ -185,21 +252,22 @@ def test_a_learning_rate_is_kept_to_the_limit_of_its_group():
     assert (centers["lr"], others["lr"]) == (0.01, 0.01)
 
 
-@pytest.mark.parametrize("words", ["--rsg_cesc_weight 0", "--add_rsg False"])
+@pytest.mark.parametrize("words", ["--rsg_cesc_weight 0", "--add_rsg False", "--optimizer adamw"])
 def test_without_a_centre_loss_there_is_no_limit(words):
     _, optimizer = model_and_optimizer(words)
     assert all(group["lr_limit"] == math.inf for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("nesterov", ["", "--nesterov"])
 @pytest.mark.parametrize("ours", [True, False])
-def test_centres_stay_with_the_maps_where_plain_sgd_loses_them(ours):
+def test_centres_stay_with_the_maps_where_plain_sgd_loses_them(ours, nesterov):
     """16x16 maps, every row of the batch in one class, one centre, 60 steps at the usual 0.1."""
-    model, optimizer = model_and_optimizer("--rsg_centers 1")
+    model, optimizer = model_and_optimizer(f"--rsg_centers 1 {nesterov}")
     generator = model.generator
     if ours:
         set_learning_rate(optimizer, 0.1)
     else:
-        optimizer = torch.optim.SGD(generator.parameters(), 0.1, 0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(generator.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=bool(nesterov))
     maps, targets = 1 + 0.1 * torch.randn(8, 32, 16, 16), torch.zeros(8, dtype=torch.long)
     for _ in range(60):
         optimizer.zero_grad()

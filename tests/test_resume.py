@@ -48,7 +48,13 @@ def assert_same(run: Path, other: Path) -> None:
         assert torch.equal(value, states[1]["model"][name]), name
 
 
-@pytest.mark.parametrize("more", [[], ["--save_every_steps", "1"], ["--accumulate_steps", "2"]])
+STRONG = "--augment autoaugment cutout --ema_decay 0.5 --optimizer adamw --save_every_steps 1 --supcon_balance"
+MIXED = "--mixup 1 --cutmix 1 --add_supcon_loss 0 --add_rsg 0 --save_every_steps 1 --nesterov --backbone_lr 0.01"
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--save_every_steps", "1"], ["--accumulate_steps", "2"], STRONG.split(), MIXED.split()]
+)
 def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, more):
     """The state before the last save is put back, as after a kill: between epochs, or inside one."""
     whole = train(tmp_path / "whole", tiny_dataset, *more)
@@ -171,7 +177,7 @@ def test_the_state_of_another_architecture_is_refused(tmp_path, tiny_dataset, ca
 
 def test_a_non_finite_loss_keeps_the_model_of_the_step_before(tmp_path, tiny_dataset, capsys):
     with pytest.raises(SystemExit) as error:
-        train(tmp_path, tiny_dataset, "--lr", "1e6")
+        train(tmp_path, tiny_dataset, "--lr", "1e6", "--ema_decay", "0.5")
     assert error.value.code == 1
     run = tmp_path / "run"
     report = json.loads((run / "nonfinite.json").read_text())
@@ -179,7 +185,8 @@ def test_a_non_finite_loss_keeps_the_model_of_the_step_before(tmp_path, tiny_dat
     assert f"epoch {report['epoch']}, step {report['step']}" in line
     assert all(Path(name).exists() for name in report["files"])
     state = torch.load(run / "state.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["model"].values())
+    for model in ("model", "averaged"):
+        assert all(value.isfinite().all() for value in state[model].values())
     assert (state["epoch"], state["step"]) == (report["epoch"], report["step"])
 
 

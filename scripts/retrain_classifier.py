@@ -1,0 +1,119 @@
+__import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parents[1]))
+"""Give a trained run another classifier on the same backbone; leaves a new run folder that names its parent.
+
+    python scripts/retrain_classifier.py --model_dir RUN                  # cRT: trains a new classifier, RUN_crt
+    python scripts/retrain_classifier.py --model_dir RUN --method tau     # rescales the one it has, RUN_tau
+    python imagenet_lt_test.py --model_dir RUN_crt
+
+Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020. crt: the main head starts
+afresh and trains with cross-entropy on class-balanced batches; the backbone stays as it is, batch statistics included.
+tau: each class's weights are divided by the tau-th power of their norm, and the bias is dropped; tau is chosen on val/.
+Flags of imagenet_lt_train.py may follow: --run_name other, and for crt's training --epochs 30 --lr 0.05 and the like.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import imagenet_lt_train
+from data.build import build_evaluation_loader
+from data.folders import read_image_folders
+from engine import distributed, files
+from engine.console import say
+from engine.errors import Refused, one_line_errors
+from engine.evaluate import predict
+from engine.flags import Parser, number_in
+from engine.metrics import shot_groups, summary
+from engine.record import code_commit, plain_flags, read_record
+from engine.run import RunFolder, default_weights, find_run, load_run, pixels_of, read_weights, save_weights
+
+CRT = "--add_cross_entropy_loss --add_ldam_loss False --add_supcon_loss False --add_rsg False --sampler balanced "
+CRT += "--freeze_backbone --epochs 10 --lr 0.1 --lr_schedule cosine"
+OF_THE_PARENT = ("data_dir", "list_dir", "arch", "stem", "norm_out", "norm_scale", "normalize", "hflip", "batch_size")
+TAUS = np.arange(0, 2.01, 0.1).round(1)
+
+
+@one_line_errors
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this script, and in ``training`` those of the new run's training."""
+    parser = Parser("Give a trained run another classifier; flags of imagenet_lt_train.py may follow.")
+    parser.add_argument("--model_dir", required=True, metavar="RUN", help="a run's folder, or its name")
+    parser.add_argument(
+        "--root_model",
+        type=Path,
+        default=Path("checkpoint"),
+        metavar="DIR",
+        help="where names are found, and the new run",
+    )
+    parser.add_argument("--method", choices=("crt", "tau"), default="crt", help="train anew, or rescale")
+    parser.add_argument("--parent_weights", choices=("best", "last"), help="default: best, or last without one")
+    parser.add_argument(
+        "--tau", type=number_in(0), metavar="T", help="tau: 0 to 2 by 0.1, the best on val/, by default"
+    )
+    args, rest = parser.parse_known_args(argv)
+    args.parent = find_run(args.model_dir, args.root_model)
+    args.parent_weights = args.parent_weights or default_weights(args.parent)
+    args.training = imagenet_lt_train.parse_args(training_flags(args) + rest)
+    return args
+
+
+def training_flags(args: argparse.Namespace) -> list[str]:
+    record = read_record(args.parent)
+    flags = {name: value for name in OF_THE_PARENT if (value := record["flags"][name]) is not None}
+    flags |= {"img_size": record["img_size"], "weights": args.parent / f"{args.parent_weights}.safetensors"}
+    flags |= {"root_model": args.root_model, "run_name": f"{args.parent.name}_{args.method}", "seed": record["seed"]}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + CRT.split()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    if args.method == "crt":
+        imagenet_lt_train.main(args.training)
+    else:
+        rescale(args)
+
+
+def rescale(args: argparse.Namespace) -> None:
+    """The tau-normalised run: the parent's weights with the main head's rescaled."""
+    record, device = read_record(args.parent), distributed.start(args.training.device)
+    if record["flags"]["norm_out"]:
+        raise Refused(f"{args.parent} has a NormedLinear head, whose weights have no norm to rescale; try --method crt")
+    run = RunFolder(args.training)
+    model = load_run(args.parent, args.parent_weights)[0].to(device)
+    scores = {}
+    if args.tau is None:
+        folders = read_image_folders(args.training.data_dir, args.training.list_dir)
+        if folders.classes != record["classes"] or "val" not in folders.splits:
+            raise Refused(f"{folders.root} has no val/ images of the run's classes to choose tau on; give --tau")
+        loader = build_evaluation_loader(args.training, folders.splits["val"], pixels_of(record), device)
+        predictions, weight = predict(model, loader, None, "validation"), model.heads["main"].weight.detach()
+        for tau in TAUS.tolist():
+            logits = predictions.features @ normalized(weight, tau).double().cpu().numpy().T
+            counts = record["class_counts"]
+            result = summary(logits, predictions.targets, counts, shot_groups(counts))
+            scores[tau] = result["balanced_accuracy"]
+            say(f"tau {tau:.1f}  val balanced {scores[tau]:6.1%}")
+    tau = args.tau if args.tau is not None else max(scores, key=scores.get)
+    head = model.heads["main"]
+    with torch.no_grad():
+        head.weight.copy_(normalized(head.weight, tau))
+        head.bias.zero_()
+    own = {name: plain_flags(args.training)[name] for name in ("run_name", "root_model", "root_log")}
+    record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
+    record |= {"tau": tau, "val_balanced_accuracy_by_tau": scores}
+    with files.locked(run.path):
+        run.check_unchanged()
+        run.begin(record, 0, fresh=True)
+        save_weights(run.path / "last.safetensors", model, None, read_weights(args.parent, args.parent_weights)[1])
+    say(f"tau {tau:g}; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+
+
+def normalized(weight: torch.Tensor, tau: float) -> torch.Tensor:
+    """Rows divided by the ``tau``-th power of their norm."""
+    return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True) ** tau
+
+
+if __name__ == "__main__":
+    main(parse_args())

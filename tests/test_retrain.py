@@ -1,0 +1,82 @@
+"""A second stage on a saved run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import imagenet_lt_test
+import imagenet_lt_train
+from scripts import retrain_classifier
+
+BASE = "--arch resnet32 --epochs 2 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
+LINEAR = "--norm_out False --add_ldam_loss False --add_cross_entropy_loss"
+
+
+def places(folder: Path) -> list[str]:
+    return ["--root_model", str(folder), "--root_log", str(folder / "log")]
+
+
+def trained(folder: Path, data: Path, words: str) -> Path:
+    flags = ["--data_dir", str(data), "--run_name", "parent", *places(folder), *BASE.split(), *words.split()]
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags))
+    return folder / "parent"
+
+
+def retrain(folder: Path, *words: str) -> None:
+    args = retrain_classifier.parse_args(["--model_dir", "parent", *places(folder), *words])
+    retrain_classifier.main(args)
+
+
+def record_of(run: Path) -> dict:
+    return json.loads((run / "args.json").read_text())
+
+
+def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset):
+    parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset")
+    retrain(tmp_path, "--epochs", "2")
+    record = record_of(tmp_path / "parent_crt")
+    assert record["parent"] == str(parent)
+    assert record["objective"] == "1 CE(normed)"
+    assert (record["flags"]["sampler"], record["flags"]["norm_scale"], record["seed"]) == ("balanced", 20, 3)
+    assert record["mean"] == record_of(parent)["mean"]
+    before, after = load_file(parent / "best.safetensors"), load_file(tmp_path / "parent_crt" / "last.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) is not name.startswith("heads."), name
+    result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "parent_crt")]))
+    assert result["n"] == 9
+
+
+def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsys):
+    parent = trained(tmp_path, tiny_dataset, LINEAR)
+    retrain(tmp_path, "--method", "tau", "--tau", "0.5")
+    run = tmp_path / "parent_tau"
+    before, after = load_file(parent / "best.safetensors"), load_file(run / "last.safetensors")
+    for row, rescaled in zip(before["heads.main.weight"], after["heads.main.weight"], strict=True):
+        torch.testing.assert_close(rescaled, row / sum(x.item() ** 2 for x in row) ** 0.25)
+    assert not after["heads.main.bias"].any()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("backbone."))
+    retrain(tmp_path, "--method", "tau", "--overwrite")
+    record = record_of(run)
+    scores = {float(tau): score for tau, score in record["val_balanced_accuracy_by_tau"].items()}
+    assert len(scores) == 21
+    assert scores[record["tau"]] == max(scores.values())
+    assert record["parent"] == str(parent)
+    capsys.readouterr()
+    result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), "--split", "val"]))
+    assert result["balanced_accuracy"] == pytest.approx(scores[record["tau"]])
+    with pytest.raises(SystemExit, match="2"):
+        retrain(tmp_path, "--method", "tau")
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_tau_is_refused_for_a_head_without_norms(tmp_path, tiny_dataset, capsys):
+    trained(tmp_path, tiny_dataset, "--max_steps 1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        retrain(tmp_path, "--method", "tau")
+    assert "--method crt" in capsys.readouterr().err
+    assert not (tmp_path / "parent_tau").exists()
