@@ -33,6 +33,9 @@ LOSSES = {
     "supcon": SupConLoss(),
     "logit_adjusted": LogitAdjustedLoss(COUNTS, weight=inverse_frequency_weights(COUNTS), label_smoothing=0.1),
     "balanced_supcon": lambda rows, targets: BalancedSupConLoss()(rows, targets, torch.eye(3) - 0.1),
+    "row_weights": lambda logits, targets: CrossEntropyLoss()(logits, targets, 1 / (1 + targets)),
+    "row_weights_focal": lambda logits, targets: FocalLoss()(logits, targets, 1 / (1 + targets)),
+    "row_weights_supcon": lambda rows, targets: SupConLoss()(rows, targets, row_weights=1 / (1 + targets)),
 }
 
 

@@ -22,7 +22,13 @@ from rsg import generates
 from scripts import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEPS = {"ablate_losses": 7, "ablate_synergy": 6, "ablate_weighting": 8, "ablate_rsg": 8}  # settings of each
+SWEEPS = {
+    "ablate_losses": 7,
+    "ablate_synergy": 6,
+    "ablate_weighting": 8,
+    "ablate_rsg": 8,
+    "ablate_synthetic": 5,
+}  # settings of each
 
 
 def words_of(folder: Path, script: str, *words: str, **environment: str) -> list[str]:
