@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed
+from engine.transfer import SentToCpu
 
 
 class Trouble(NamedTuple):
@@ -37,7 +38,7 @@ class NonFiniteGuard:
         self.poison = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.scaled = scaled
-        self.pending: tuple[int, Tensor, dict[str, Tensor], torch.cuda.Event | None] | None = None
+        self.pending: tuple[int, SentToCpu, dict[str, Tensor]] | None = None
         self.hook = optimizer.register_step_pre_hook(self._note_masked)
 
     def _note_masked(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -61,30 +62,18 @@ class NonFiniteGuard:
 
     def trouble_before(self, step: int, parts: dict[str, Tensor]) -> Trouble | None:
         """Remember ``step``; the trouble of the step before it, whose flag has reached the CPU in the meantime."""
-        previous, self.pending = self.pending, self._send(step, parts)
+        previous, self.pending = self.pending, (step, SentToCpu(self.poison.isnan()), parts)
         return self._read(previous)
 
     def last_trouble(self) -> Trouble | None:
         previous, self.pending = self.pending, None
         return self._read(previous)
 
-    def _send(self, step: int, parts: dict[str, Tensor]) -> tuple:
-        bad = self.poison.isnan()
-        if bad.device.type != "cuda":
-            return step, bad, parts, None
-        flag = torch.empty_like(bad, device="cpu", pin_memory=True)
-        flag.copy_(bad, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return step, flag, parts, event
-
     def _read(self, sent: tuple | None) -> Trouble | None:
         if sent is None:
             return None
-        step, flag, parts, event = sent
-        if event is not None:
-            event.synchronize()
-        return Trouble(step, {part: value.item() for part, value in parts.items()}) if flag.item() else None
+        step, bad, parts = sent
+        return Trouble(step, {part: value.item() for part, value in parts.items()}) if bad.arrived().item() else None
 
     def restore(self, step: int) -> None:
         """Buffers as they were before the update that ``step``, one of the last two, belongs to."""

@@ -50,9 +50,11 @@ class LongTailClassifier(nn.Module):
     def forward(self, images: Tensor, targets: Tensor | None = None, mixed_targets: Tensor | None = None) -> Output:
         """Images [B, 3, H, W] to an `Output`. With targets [B] margin heads apply their margin; ``mixed_targets`` are
         those of the images mixed into them."""
+        has_generator = self.generator is not None and self.training and targets is not None
+        is_head = self.generator.send_kinds(targets) if has_generator else None
         maps, auxiliary = self.backbone.lower(images), {}
-        if self.generator is not None and self.training and targets is not None:
-            maps, targets, auxiliary = self.generator(maps, targets)
+        if has_generator:
+            maps, targets, auxiliary = self.generator(maps, targets, is_head)
             auxiliary["center_distance"] = self.generator.center_distance
             if self.generator.generating:
                 auxiliary["maps"] = maps

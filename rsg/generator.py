@@ -7,6 +7,7 @@ from torch.func import functional_call
 
 from engine.distributed import mean_over_processes
 from engine.numerics import inverse_norm
+from engine.transfer import SentToCpu
 
 
 class RareSampleGenerator(nn.Module):
@@ -52,18 +53,22 @@ class RareSampleGenerator(nn.Module):
         self.center_distance = torch.tensor(float("nan"))  # mean |F - mu| / |F| of the last batch
         self.tail_rows = torch.empty(0, dtype=torch.long)  # which row of the last batch each generated one stems from
 
-    def forward(self, maps: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, maps: Tensor, targets: Tensor, is_head: SentToCpu | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Maps [B, C, H, W] and targets [B] to those with generated rows appended, and the losses by name.
 
-        "centre" and "contrast" make CESC; "contrast" is 0 while generating and "mv" is 0 before.
+        "centre" and "contrast" make CESC; "contrast" is 0 while generating and "mv" is 0 before. ``is_head``
+        is what `send_kinds` gave for the targets; sent before the maps are computed, it is there when they are.
         """
         fixed = maps.detach()
         center_loss, nearest_centers = self.estimate_centers(fixed, targets)
         off = center_loss.new_zeros(())
         if not self.generating:
             return maps, targets, {"centre": center_loss, "contrast": self.contrast_loss(fixed, targets), "mv": off}
-        is_head = self.is_head[targets]
-        heads, tails = sample_pairs(is_head.nonzero().flatten(), (~is_head).nonzero().flatten(), self.strength)
+        is_head = (is_head or self.send_kinds(targets)).arrived()
+        pairs = sample_pairs(is_head.nonzero().flatten(), (~is_head).nonzero().flatten(), self.strength)
+        heads, tails = (rows.to(maps.device, non_blocking=True) for rows in pairs)
         head_maps, tail_maps = fixed[heads], fixed[tails]
         centers = nearest_centers[:, :, None, None].to(fixed.dtype)
         variations = head_maps - centers[heads]
@@ -73,6 +78,10 @@ class RareSampleGenerator(nn.Module):
         maps = torch.cat([maps, (tail_maps + transformed).to(maps.dtype)])
         targets = torch.cat([targets, targets[tails]])
         return maps, targets, {"centre": center_loss, "contrast": off, "mv": mv_loss}
+
+    def send_kinds(self, targets: Tensor) -> SentToCpu | None:
+        """Where rows are generated: which are of head classes. The CPU must know, because it asks for the memory."""
+        return SentToCpu(self.is_head[targets]) if self.generating else None
 
     def idle_module(self) -> nn.Module:
         """What gets no gradient in this phase."""

@@ -44,7 +44,7 @@ def flags(words: str) -> argparse.Namespace:
 
 def size_flags(bench: Bench) -> str:
     """The network, images and batches that are measured."""
-    size = "--arch resnet18 --img_size 32 -b 8" if bench.quick else "--arch resnext50_32x4d --img_size 224 -b 16"
+    size = "--arch resnet32 --img_size 16 -b 8" if bench.quick else "--arch resnext50_32x4d --img_size 224 -b 16"
     return f"{size} --amp {bench.amp} --channels_last {bench.channels_last} --compile {bench.compile}"
 
 
@@ -148,7 +148,7 @@ def step_rows(bench: Bench) -> Iterable[Row]:
     """Speed of the whole training step as a share of the bare network's, with each set of losses."""
     base, num_steps = size_flags(bench), 1 if bench.device.type == "cpu" else 20
     args = flags(base)
-    batches = class_mix(args, bench.device)
+    batches = class_mix(args, bench.device, num_batches=1 if bench.quick else 8)
     bare = BareSteps(args, len(COUNTS), bench.device)
     steps = {}
     for name, words in LOSS_SETS.items():

@@ -1,0 +1,235 @@
+"""What makes it fast changes no number: memory formats, compiled parts, fused updates; and no step waits."""
+
+import argparse
+import copy
+import json
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import losses as metric_learning
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import imagenet_lt_train
+from data import build, loaders
+from data.folders import read_image_folders
+from data.loaders import Batch, Pixels, TrainingLoader
+from data.transforms import DRAWS
+from engine.numerics import is_channels_last
+from engine.optim import build_optimizer
+from engine.state import TrainingState
+from losses import inverse_frequency_weights
+from models.backbones import Backbone, Part
+from scripts.benchmarks.steps import TrainingSteps, flags
+
+COUNTS = [40, 9, 4, 2]
+CPU = torch.device("cpu")
+
+
+def batches(number: int = 3, rows: int = 7, device: torch.device = CPU) -> list[Batch]:
+    return [
+        Batch(torch.randn(rows, 3, 16, 16, device=device), torch.arange(rows, device=device) % 4, torch.arange(rows))
+        for _ in range(number)
+    ]
+
+
+def train(folder, data, *more: str):
+    words = f"--data_dir {data} --root_model {folder} --root_log {folder}/log --run_name run --arch resnet32"
+    words += " --epochs 1 --max_steps 1 --seed 0 --add_rsg False --amp off"
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([*words.split(), *more]))
+    return folder / "run"
+
+
+# The plain path
+
+
+def test_three_steps_are_those_of_a_plain_loop():
+    """Normalised features and weights, a margin by class, metric-learning's SupCon, SGD by its formula; in float64."""
+    steps = TrainingSteps(flags("--arch resnet32 --img_size 16 --lr 0.02 --add_rsg False"), COUNTS, CPU, False)
+    fast = steps.state.model.double()
+    for state in steps.state.optimizer.state.values():
+        state["momentum_buffer"] = state["momentum_buffer"].double()
+    plain = copy.deepcopy(fast).train()
+    shown = [batch._replace(images=batch.images.double()) for batch in batches()]
+    steps(shown, len(shown))
+
+    class_weights = inverse_frequency_weights(COUNTS).double()
+    margins = torch.tensor([0.3 * (min(COUNTS) / count) ** 0.25 for count in COUNTS], dtype=torch.float64)
+    velocities = [torch.zeros_like(parameter) for parameter in plain.parameters()]
+    for images, targets, *_ in shown:
+        features = plain.backbone.upper(plain.backbone.lower(images))
+        cosines = F.normalize(features) @ F.normalize(plain.heads["main"].weight).T
+        logits = 30 * (cosines - F.one_hot(targets, 4) * margins[targets, None])
+        loss = 0.1 * F.cross_entropy(logits, targets, class_weights)
+        loss = loss + 0.9 * metric_learning.SupConLoss(0.07)(features, targets)
+        gradients = torch.autograd.grad(loss, list(plain.parameters()))
+        with torch.no_grad():
+            for parameter, gradient, velocity in zip(plain.parameters(), gradients, velocities, strict=True):
+                velocity.mul_(0.9).add_(gradient + 5e-4 * parameter)
+                parameter -= 0.02 * velocity
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+# The order of maps in memory
+
+
+@pytest.mark.parametrize(
+    ("choice", "amp_dtype", "expected"),
+    [("auto", None, False), ("off", torch.bfloat16, False), ("on", None, True)],
+)
+def test_channels_last_is_what_was_asked_for_and_never_automatic_in_float32(choice, amp_dtype, expected):
+    assert is_channels_last(choice, amp_dtype, CPU) is expected
+
+
+def test_a_network_with_channels_last_makes_such_maps_and_the_same_numbers():
+    words = "--arch resnet32 --img_size 16 --amp off --channels_last"
+    last, first = (TrainingSteps(flags(f"{words} {choice}"), COUNTS, CPU, True) for choice in ("on", "off"))
+    maps = last.state.model.backbone.lower(torch.randn(2, 3, 16, 16))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    assert not maps.is_contiguous()
+    last.state.model.load_state_dict(first.state.model.state_dict())
+    shown = batches(1)
+    for steps in (first, last):
+        steps(shown, 1)
+    for name, value in first.state.sums.items():
+        torch.testing.assert_close(last.state.sums[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_state_saved_in_one_order_goes_on_in_the_other(tmp_path):
+    """A resumed run may have another device, whose order of maps is another. Fused updates go through memory."""
+    args, after = flags("--lr 0.1"), []
+    gradient = torch.randn(4, 3, 3, 3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layers = nn.ModuleDict({"layer": nn.Conv2d(3, 4, 3, bias=False)})
+        layers.generator = None
+        layers = layers.to(memory_format=layout)
+        state = TrainingState(layers, build_optimizer(args, layers, 8), torch.amp.GradScaler("cpu", enabled=False))
+        if not after:
+            state.optimizer.state[layers["layer"].weight]["momentum_buffer"].copy_(torch.randn(4, 3, 3, 3))
+            state.save(tmp_path)
+        else:
+            state.load(torch.load(tmp_path / "state.pt", weights_only=True))
+        layers["layer"].weight.grad = torch.empty_like(layers["layer"].weight).copy_(gradient)
+        state.optimizer.step()
+        after.append(layers["layer"].weight.detach())
+    assert after[0].stride() != after[1].stride()
+    assert torch.equal(*after)
+
+
+def test_the_start_line_and_the_record_say_precision_and_order(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset, "--channels_last", "on")
+    record = json.loads((run / "args.json").read_text())
+    assert (record["precision"], record["channels_last"], record["compiled"]) == ("float32", True, False)
+    assert "float32, channels last on cpu" in capsys.readouterr().out
+
+
+# Compiled parts
+
+
+def conv_part(*channels: int) -> Part:
+    return Part(nn.Conv2d(*channels, 3, padding=1), nn.BatchNorm2d(channels[1]), nn.ReLU())
+
+
+def test_compiled_parts_are_compiled_once_for_any_number_of_rows_and_change_neither_numbers_nor_names():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    backbone = Backbone(conv_part(3, 4), Part(*conv_part(4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 4, 5)
+    plain, names = copy.deepcopy(backbone), list(backbone.state_dict())
+    backbone.compile(backend=backend)
+    for rows, generated in ((6, 2), (6, 0), (4, 3), (3, 5)):
+        images, extra = torch.randn(rows, 3, 8, 8), torch.randn(generated, 4, 8, 8)
+        features = [each.upper(torch.cat([each.lower(images), extra])) for each in (backbone, plain)]
+        torch.testing.assert_close(*features)
+    assert len(graphs) == 2  # one a part
+    assert list(backbone.state_dict()) == names
+    copy.deepcopy(backbone).lower(torch.randn(2, 3, 10, 10))
+    assert len(graphs) == 2  # a copy is not compiled
+
+
+def test_compile_is_refused_in_a_line_where_there_is_no_compiler(tmp_path, tiny_dataset, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--compile", "--device", "cpu")
+    assert error.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert "no-such-compiler" in line
+    assert not (tmp_path / "run").exists()
+
+
+# Reading
+
+
+def test_a_batch_that_is_augmented_in_parts_is_the_whole_one(tiny_dataset, monkeypatch):
+    folders = read_image_folders(tiny_dataset, None)
+    loader = TrainingLoader(folders.splits["train"], Pixels(72), batch_size=8, seed=0, device=CPU)
+    images, draws = torch.randint(256, (5, 3, 72, 72), dtype=torch.uint8), torch.rand(5, len(DRAWS))
+    whole = loader.augmented(images, draws)
+    monkeypatch.setattr(loaders, "IN_CACHE", 2 * 12 * 72**2)
+    parts = []
+    monkeypatch.setattr(loader, "_augmented", lambda *part, call=loader._augmented: parts.append(1) or call(*part))
+    assert torch.equal(loader.augmented(images, draws), whole)
+    assert len(parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "expected"), [(1, 4, 4), (1, 16, 8), (4, 4, 2), (16, 4, 1), (4, 0, 0)]
+)
+def test_the_processes_of_a_machine_share_out_its_cores(monkeypatch, processes, workers, expected):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert build._workers(argparse.Namespace(workers=workers)) == expected
+
+
+# Waiting
+
+
+class Waits(TorchDispatchMode):
+    """Counts what needs a value on the CPU before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket._qualified_op_name.split("::")[1] in WAITING:
+            self.counts[func.overloadpacket._qualified_op_name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal", "is_nonzero"}
+EVERYTHING = "--add_cross_entropy_loss --add_focal_loss --add_arc_margin_loss --add_add_margin_loss --add_sphere_loss"
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_a_step_asks_for_no_value_but_the_guards_and_the_kinds_of_rows(generating):
+    steps = TrainingSteps(flags(f"--arch resnet32 --img_size 16 {EVERYTHING}"), COUNTS, CPU, generating)
+    with Waits() as waits:
+        steps(batches(4), 4)
+    # the bar asks at step 0; the guard once a step, for what was sent a step before
+    expected = {"_local_scalar_dense": 1 + 4}
+    if generating:
+        expected["nonzero"] = 2 * 4  # of the kinds of rows, which were sent before the maps were computed
+    assert dict(waits.counts) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("generating", [False, True])
+def test_no_step_waits_for_the_gpu(generating):
+    device = torch.device("cuda", 0)
+    steps = TrainingSteps(flags(f"--arch resnet32 --img_size 16 {EVERYTHING}"), COUNTS, device, generating)
+    steps(batches(2, device=device), 2)
+    shown = batches(4, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps(shown, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
