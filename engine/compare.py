@@ -18,7 +18,7 @@ from engine.files import read_json
 from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
 from engine.optim import steps_in_epoch
 from engine.options import train_parser
-from engine.record import plain_flags, read_record
+from engine.record import plain_flags, read_record, training_images
 from engine.run import MAY_CHANGE, read_log
 
 ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
@@ -60,7 +60,7 @@ def what_is_missing(folder: Path) -> str | None:
     """``unfinished`` or ``untested`` (also when training went on after the test); None of a run with all its files."""
     record, rows = read_record(folder), read_log(folder)
     flags = argparse.Namespace(**record["flags"])
-    num_batches = len(batch_bounds(sum(record["class_counts"]), flags.batch_size, smallest=2))
+    num_batches = len(batch_bounds(training_images(record), flags.batch_size, smallest=2))
     if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):
         return "unfinished"
     tested = read_json(folder / "test" / "metrics.json", default={})
