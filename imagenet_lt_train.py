@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
     state.averaged = build_average(model, args.ema_decay)
     record = new_record(args, folders, pixels, seed, model, amp_dtype)
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
-        run.check_unchanged()
+        if distributed.is_main():  # the others may look when it has begun
+            run.check_unchanged()
         saved = read_state(run.path, device) if run.record else None
         if saved:
             run.check_same_data(record)
