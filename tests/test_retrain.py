@@ -11,7 +11,7 @@ import imagenet_lt_test
 import imagenet_lt_train
 from scripts import retrain_classifier
 
-BASE = "--arch resnet32 --epochs 2 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
+BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
 LINEAR = "--norm_out False --add_ldam_loss False --add_cross_entropy_loss"
 
 
@@ -36,7 +36,7 @@ def record_of(run: Path) -> dict:
 
 def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset):
     parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset")
-    retrain(tmp_path, "--epochs", "2")
+    retrain(tmp_path, "--epochs", "1")
     record = record_of(tmp_path / "parent_crt")
     assert record["parent"] == str(parent)
     assert record["objective"] == "1 CE(normed)"
