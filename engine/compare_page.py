@@ -202,7 +202,8 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 @media print {
   :root { --back: #fff; --text: #000; --line: #999; } img { filter: none; max-width: 100%; }
   body { font-size: 9px; max-width: none; padding: 0; } .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
-  td.number { white-space: normal; } td:not(.number) { min-width: 0; } tr, img { break-inside: avoid; }
+  td.number { white-space: normal; } td:not(.number), td:last-child:not(.number) { min-width: 0; }
+  td:first-child, th:first-child { position: static; } tr, img { break-inside: avoid; }
 }
 """
 _SCRIPT = """
