@@ -86,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
-        run.check_unchanged()
+        if distributed.is_main():  # the others may look when it has begun
+            run.check_unchanged()
         saved = read_state(run.path, device) if run.record else None
         if saved:
             run.check_same_data(record)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from data.images import read_image
 from data.synthesis import Job, Recipe
-from engine.errors import Refused
+from engine.errors import Failed, Refused
 
 SCHEDULERS = {  # name: class in diffusers
     "ddim": "DDIMScheduler",
@@ -39,7 +39,12 @@ class Diffusion:
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
         self.precision = "float16" if device.type == "cuda" else "float32"
-        self.pipeline = load_pipeline(recipe).to(device, getattr(torch, self.precision))
+        try:
+            self.pipeline = load_pipeline(recipe).to(device, getattr(torch, self.precision))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise Failed(f"--model {recipe.model} does not fit into the memory of {device}; try --device cpu") from None
         self.pipeline.set_progress_bar_config(disable=True)
         if device.type == "cuda":
             torch.backends.cudnn.deterministic = True

@@ -1,6 +1,5 @@
 """Drawing what a plan asks for, image by image, and having it judged."""
 
-import functools
 import io
 import math
 import time
@@ -18,9 +17,8 @@ from engine.errors import Failed
 from engine.files import write_atomically
 
 
-def fill(plan: Plan, manifest: Manifest, filters: Filters, device: torch.device, batch_size: int) -> None:
+def fill(plan: Plan, manifest: Manifest, filters: Filters, diffusion: Callable[[], Diffusion], batch_size: int) -> None:
     """Round by round, draw what is missing and judge it, until every class has what it wants or all its candidates."""
-    diffusion = functools.cache(lambda: Diffusion(plan.recipe, device))  # not loaded when there is nothing to draw
     # by the filters as they are now; but not the rows of a round that was interrupted, which must end as it began
     filters.judge([row for row in manifest.rows if row["kept"] is not None], plan.wanted)
     while jobs := plan.next_jobs(manifest.rows):
@@ -86,9 +84,8 @@ def note(job: Job, drawn: Drawn, batch_size: int, plan: Plan, manifest: Manifest
     manifest.add(plan.facts(job) | made | {"flagged": drawn.flagged, "kept": None, "why": None})
 
 
-def seconds_an_image(plan: Plan, batch: list[Job], device: torch.device) -> float:
+def seconds_an_image(plan: Plan, batch: list[Job], diffusion: Diffusion) -> float:
     """Measured on one batch, after one of a single step that pays for starting up. Nothing is written."""
-    diffusion = Diffusion(plan.recipe, device)
     diffusion.draw(batch, steps=math.ceil(1 / (plan.recipe.strength or 1)))
     begun = time.perf_counter()
     diffusion.draw(batch)

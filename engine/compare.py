@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import warnings
 import zipfile
 from collections.abc import Sequence
 from itertools import combinations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 from data.samplers import batch_bounds
 from engine.errors import Refused
@@ -18,7 +19,7 @@ from engine.files import read_json
 from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
 from engine.optim import steps_in_epoch
 from engine.options import train_parser
-from engine.record import plain_flags, read_record
+from engine.record import plain_flags, read_record, training_images
 from engine.run import MAY_CHANGE, read_log
 
 ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
@@ -54,13 +55,14 @@ class Pair(NamedTuple):
     discordant: list[tuple[int, int]]  # images that only the first, only the second gets right; a pair of runs each
     p: float  # McNemar's, over the pairs of runs
     p_holm: float  # and over all pairs of groups
+    p_seeds: float | None  # Welch's t-test of the balanced accuracies of the runs
 
 
 def what_is_missing(folder: Path) -> str | None:
     """``unfinished`` or ``untested`` (also when training went on after the test); None of a run with all its files."""
     record, rows = read_record(folder), read_log(folder)
     flags = argparse.Namespace(**record["flags"])
-    num_batches = len(batch_bounds(sum(record["class_counts"]), flags.batch_size, smallest=2))
+    num_batches = len(batch_bounds(training_images(record), flags.batch_size, smallest=2))
     if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):
         return "unfinished"
     tested = read_json(folder / "test" / "metrics.json", default={})
@@ -189,7 +191,7 @@ def paired_tests(groups: Sequence[Group]) -> list[Pair]:
     """Every pair of groups that were tested on the same files, or of many groups the first with each other one.
 
     The intervals are a paired bootstrap over test images of the difference of the means over seeds: they say how far
-    the test images decide between these trained models; what another seed does is the standard deviation's to say.
+    the test images decide between these trained models; what other seeds would do, Welch's t-test over runs asks.
     McNemar compares the k-th runs of both groups; their smallest p-value times the number of such pairs holds however
     they depend on each other (Bonferroni).
     """
@@ -221,4 +223,14 @@ def _pair(first: Group, second: Group, draws: dict[str, np.ndarray]) -> Pair:
         differences[name] = (value, *map(float, np.percentile(draws[name], [2.5, 97.5])))
     tests = [mcnemar(one.correct, two.correct) for one, two in zip(first.runs, second.runs, strict=False)]
     p = min(1.0, len(tests) * min(p for *_, p in tests))
-    return Pair(first, second, differences, [tuple(numbers) for *numbers, _ in tests], p, p)
+    return Pair(first, second, differences, [tuple(numbers) for *numbers, _ in tests], p, p, _welch(first, second))
+
+
+def _welch(first: Group, second: Group) -> float | None:
+    """p-value that other seeds have the same mean balanced accuracy; None with one run, or when no seed matters."""
+    values = [[run.measures["balanced_accuracy"] for run in group.runs] for group in (first, second)]
+    if min(map(len, values)) < 2 or all(np.ptp(each) == 0 for each in values):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one group of equal values is no trouble
+        return float(ttest_ind(*values, equal_var=False).pvalue)

@@ -30,11 +30,12 @@ NOTES = (
     "100, 20 to 100, fewer than 20 training images. Parameters: those of the tested model, without the generator. Peak "
     "memory: of the allocator on a GPU, of the process on a CPU.",
     "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test "
-    "images, resampled within their class, the same for both (1,000 resamples): how far the test images decide between "
-    "these trained models. What another seed would do is the standard deviation's to say.",
-    "McNemar: images that only the first : only the second gets right, for each pair of runs (k-th seed with k-th "
-    "seed); p: exact, two-sided, the smallest times the number of such pairs; p (Holm): corrected for all comparisons "
-    "here.",
+    "images, resampled within their class, the same for both (1,000 resamples). McNemar: images that only the first : "
+    "only the second gets right, for each pair of runs (k-th seed with k-th seed); p, images: exact, two-sided, the "
+    "smallest times the number of such pairs; p, Holm: corrected for all comparisons here. All of these ask whether "
+    "these trained models differ on other test images; with many images they nearly always do.",
+    "p, seeds: Welch's t-test of the balanced accuracies of the runs asks whether the settings differ with other "
+    "seeds; it needs two seeds of both, and has little power with three.",
 )
 
 
@@ -52,12 +53,12 @@ def group_table(groups: Sequence[Group]) -> Table:
     """A row for each group; columns that no group has are left out."""
     measures = [name for name in TITLES if any(mean_and_deviation(group, name) for group in groups)]
     named_by_flags = all(group.name == group.flags for group in groups)
-    titles = ["setting", *([] if named_by_flags else ["flags"]), "n", *(TITLES[name][0] for name in measures)]
+    titles = ["setting", "n", *(TITLES[name][0] for name in measures), *([] if named_by_flags else ["flags"])]
     rows = []
     for group in groups:
-        words = [Cell(group.name, group.name), *([] if named_by_flags else [Cell(group.flags, group.flags)])]
-        numbers = [_measure_cell(group, name) for name in measures]
-        rows.append([*words, Cell(str(len(group.runs)), len(group.runs)), *numbers])
+        numbers = [Cell(str(len(group.runs)), len(group.runs)), *(_measure_cell(group, name) for name in measures)]
+        flags = [] if named_by_flags else [Cell(group.flags, group.flags)]
+        rows.append([Cell(group.name, group.name), *numbers, *flags])
     return Table(titles, rows)
 
 
@@ -83,9 +84,15 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
             value, low, high = (100 * number for number in pair.differences.get(name, [np.nan] * 3))
             cells.append(Cell(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", value) if value == value else Cell("–"))
         images = ", ".join(f"{first} : {second}" for first, second in pair.discordant)
-        p_values = [Cell(f"{p:.2g}" if p >= 1e-4 else "< 0.0001", p) for p in (pair.p, pair.p_holm)]
+        p_values = [_p_cell(p) for p in (pair.p, pair.p_holm, pair.p_seeds)]
         rows.append([*cells, Cell(images, sum(map(sum, pair.discordant))), *p_values])
-    return Table([*titles, "McNemar", "p", "p (Holm)"], rows)
+    return Table([*titles, "McNemar", "p, images", "p, Holm", "p, seeds"], rows)
+
+
+def _p_cell(p: float | None) -> Cell:
+    if p is None:
+        return Cell("–")
+    return Cell(f"{p:.2g}" if p >= 1e-4 else "< 0.0001", p)
 
 
 def markdown(table: Table) -> str:
@@ -111,7 +118,7 @@ def figure_png(groups: Sequence[Group]) -> bytes:
     for name, axes in zip(names, panels, strict=True):
         for row, group in enumerate(groups):
             values = [100 * run.measures[name] for run in group.runs if name in run.measures]
-            axes.plot(values, [row] * len(values), "o", color="#1b6ca8", alpha=0.35, markersize=5, markeredgewidth=0)
+            axes.plot(values, [row] * len(values), "o", color="#1b6ca8", alpha=0.6, markersize=6, zorder=3)
             if (both := mean_and_deviation(group, name)) is not None:
                 deviation = None if both[1] is None else 100 * both[1]
                 axes.errorbar(100 * both[0], row, xerr=deviation, fmt="|", color="#c8402f", markersize=13, capsize=3)
@@ -160,7 +167,7 @@ def _html_table(table: Table) -> str:
         "<tr>"
         + "".join(
             f'<td{" class=number" if not isinstance(cell.value, str) else ""} data-value="{escape(str(cell.value))}">'
-            f"{escape(cell.text)}</td>"
+            f"{escape(cell.text).replace('_', '_<wbr>')}</td>"
             for cell in row
         )
         + "</tr>\n"
@@ -182,7 +189,8 @@ h1 { font-size: 1.35rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td:not(.number) { min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; } td.number { white-space: nowrap; }
+td:not(.number) { min-width: 7rem; max-width: 24rem; overflow-wrap: break-word; } td.number { white-space: nowrap; }
+td:last-child:not(.number) { min-width: 18rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--back); }
 tbody tr:hover td { background: var(--soft); }
 th button { all: unset; cursor: pointer; font-weight: 600; }
@@ -194,7 +202,8 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 @media print {
   :root { --back: #fff; --text: #000; --line: #999; } img { filter: none; max-width: 100%; }
   body { font-size: 9px; max-width: none; padding: 0; } .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
-  td.number { white-space: normal; } td:not(.number) { min-width: 0; } tr, img { break-inside: avoid; }
+  td.number { white-space: normal; } td:not(.number), td:last-child:not(.number) { min-width: 0; }
+  td:first-child, th:first-child { position: static; } tr, img { break-inside: avoid; }
 }
 """
 _SCRIPT = """

@@ -92,11 +92,14 @@ def synthetic_use(record: dict) -> dict:
     """What a report says of synthetic images among those that a run was trained on; empty when there were none."""
     if "synthetic_counts" not in record:
         return {}
-    made, all_images = sum(record["synthetic_counts"]), sum(record["class_counts"])
-    if not record["flags"]["count_synthetic"]:
-        all_images += made
-    weight = record["flags"]["synthetic_weight"]
-    return {"synthetic": {"images": made, "share": made / all_images, "weight": weight}}
+    made, weight = sum(record["synthetic_counts"]), record["flags"]["synthetic_weight"]
+    return {"synthetic": {"images": made, "share": made / training_images(record), "weight": weight}}
+
+
+def training_images(record: dict) -> int:
+    """All that an epoch goes through, real and synthetic."""
+    uncounted = 0 if record["flags"]["count_synthetic"] else sum(record.get("synthetic_counts", []))
+    return sum(record["class_counts"]) + uncounted
 
 
 def code_commit() -> str | None:

@@ -80,13 +80,13 @@ def refuse_foreign_files(output: Path) -> None:
 
 def remarks_on(runs: list[Run]) -> list[str]:
     """What makes figures of these runs less comparable than they look."""
-    machines = {f"{run.record.get('device')} with {run.record.get('threads')} threads" for run in runs}
+    machines = {" ".join(f"{key} {run.record.get(key)}" for key in ("device", "threads", "precision")) for run in runs}
     commits = {str(run.record.get("commit")) for run in runs}
     remarks = []
     if len({run.record["split_hash"] for run in runs} | {run.result["split_hash"] for run in runs}) > 1:
         remarks.append("These runs saw different images; differences are given only for the same test files.")
     if len(machines) > 1:
-        remarks.append(f"Seconds and memory are of different machines: {', '.join(sorted(machines))}.")
+        remarks.append(f"Seconds and memory are not of like runs: {'; '.join(sorted(machines))}.")
     if len(commits) > 1:
         remarks.append(f"The runs are of different code: commits {', '.join(sorted(each[:12] for each in commits))}.")
     return remarks
@@ -95,7 +95,7 @@ def remarks_on(runs: list[Run]) -> list[str]:
 def write_comparison(output: Path, groups: list[Group], pairs: list[Pair], remarks: list[str]) -> None:
     """Print the tables and write `FILES`, the page first: by it the others are known as ours."""
     runs = [run for group in groups for run in group.runs]
-    title = f"Comparison of {len(runs)} runs: {runs[0].record['flags']['data_dir']}"
+    title = f"Comparison of {len(runs)} runs on {Path(runs[0].record['flags']['data_dir']).name}"
     png = figure_png(groups)
     tables = [markdown(group_table(groups)), *([markdown(pair_table(pairs))] if pairs else [])]
     notes = NOTES if pairs else NOTES[:1]
@@ -132,7 +132,10 @@ def pair_rows(pairs: list[Pair]) -> list[dict]:
         for name, (value, low, high) in pair.differences.items():
             row |= {f"{name}_difference": value, f"{name}_low": low, f"{name}_high": high}
         images = [":".join(map(str, numbers)) for numbers in pair.discordant]
-        rows.append(row | {"only_first:only_second": " ".join(images), "p": pair.p, "p_holm": pair.p_holm})
+        rows.append(
+            row
+            | {"only_first:only_second": " ".join(images), "p": pair.p, "p_holm": pair.p_holm, "p_seeds": pair.p_seeds}
+        )
     return rows
 
 

@@ -152,11 +152,8 @@ def parsed(what: str, flags: list[str]) -> argparse.Namespace:
 
 def given_flags(flags: list[str]) -> set[str]:
     """Names of the flags that are given, whatever their values."""
-    parser = train_parser()
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
-    missing = object()
-    for flag in vars(unset):
-        setattr(unset, flag, missing)
+    parser, missing = train_parser(), object()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), missing))
     return {flag for flag, value in vars(parser.parse_args(flags, unset)).items() if value is not missing}
 
 
@@ -231,7 +228,7 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
                 code = process.wait()
                 processes.discard(process)
             if code and not received:
-                return f"{run.name} ({last_line(run, logs) or f'exit code {code}'})"
+                return f"{run.name} ended with {code}{last_line(run, logs)}"
         return None
 
     def log_of(run: Run, logs: Path | None):
@@ -259,10 +256,10 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
     return failures
 
 
-def last_line(run: Run, logs: Path | None) -> str | None:
-    """What a run said last, which is its error when it failed."""
+def last_line(run: Run, logs: Path | None) -> str:
+    """What a run said last, which is its error when it failed, as the end of a sentence."""
     lines = (logs / f"{run.name}.txt").read_text(errors="replace").strip().splitlines() if logs else []
-    return f"{lines[-1]}; see {logs / run.name}.txt" if lines else None
+    return f" after {lines[-1]!r}; see {logs / run.name}.txt" if lines else ""
 
 
 if __name__ == "__main__":

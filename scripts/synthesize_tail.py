@@ -10,19 +10,21 @@ judges the images it has again and draws only what is missing. Every image stays
 are kept, and synthetic.png shows them beside real ones.
 """
 
+import functools
 import os
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from data.contact_sheet import save_contact_sheet
-from data.diffusion import SCHEDULERS
+from data.diffusion import SCHEDULERS, Diffusion
 from data.folders import ImageFolders, read_image_folders
 from data.generation import fill, seconds_an_image
 from data.loaders import own_size
-from data.synthesis import Manifest, Plan, Recipe, locked_manifest, prompt_names, wanted_images
+from data.synthesis import Job, Manifest, Plan, Recipe, locked_manifest, prompt_names, wanted_images
 from data.synthetic_filters import Agreement, Filters
 from engine import distributed
 from engine.console import say
@@ -93,12 +95,16 @@ def main(args) -> None:
     manifest = Manifest(output)
     plan.refuse_other_recipe(manifest.rows, output)
     say(plan_text(folders, names, plan, manifest.rows))
+    diffusion = functools.cache(lambda: Diffusion(plan.recipe, device))
+    missing = manifest.missing(plan.next_jobs(manifest.rows))
+    if missing:
+        diffusion()  # a model that cannot be loaded leaves no folder behind
     if args.dry_run:
-        say(time_estimate(args, plan, manifest, device))
+        say(time_estimate(args, plan, missing, diffusion) if missing else "nothing is left to draw")
         return
     with locked_manifest(output) as manifest:
         plan.refuse_other_recipe(manifest.rows, output)
-        fill(plan, manifest, filters, device, args.batch_size)
+        fill(plan, manifest, filters, diffusion, args.batch_size)
         save_contact_sheet(output / "synthetic.png", folders, names, manifest.rows, output)
     say(outcome(args, plan, manifest))
 
@@ -147,14 +153,11 @@ def plan_text(folders: ImageFolders, names: list[str], plan: Plan, rows: list[di
     return "\n".join(lines)
 
 
-def time_estimate(args, plan: Plan, manifest: Manifest, device: torch.device) -> str:
-    missing = manifest.missing(plan.next_jobs(manifest.rows))
-    if not missing:
-        return "nothing is left to draw"
-    seconds = seconds_an_image(plan, missing[: args.batch_size], device)
+def time_estimate(args, plan: Plan, missing: list[Job], diffusion: Callable[[], Diffusion]) -> str:
+    seconds = seconds_an_image(plan, missing[: args.batch_size], diffusion())
     whole = timedelta(seconds=round(seconds * len(missing)))
     return (
-        f"{seconds:.2f} s an image on {device}, measured on one batch: {whole} "
+        f"{seconds:.2f} s an image on {diffusion().device}, measured on one batch: {whole} "
         f"for the {len(missing)} that are missing; the filters, and images in place of rejected ones, come on top"
     )
 

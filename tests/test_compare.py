@@ -7,11 +7,13 @@ import shutil
 from html.parser import HTMLParser
 from math import comb
 from pathlib import Path
+from statistics import mean, variance
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -27,7 +29,7 @@ from engine.compare import (
     resampled_accuracies,
     what_is_missing,
 )
-from engine.compare_page import group_table, markdown
+from engine.compare_page import group_table, markdown, pair_table
 from engine.metrics import bootstrap_intervals, confusion_matrix, group_means, per_class, shot_groups
 from engine.report import write_predictions
 from engine.run import HPARAM_METRICS
@@ -218,6 +220,21 @@ def test_the_difference_of_groups_is_that_of_their_means_on_the_same_images(make
     assert pair.discordant == [(0, 15), (0, 16)]  # fewer wrong ones of the same permutation
     assert pair.p == pytest.approx(2 * 2 / 2**16)  # the smaller of two, twice
     assert pair.p_holm == pair.p
+    assert pair.p_seeds == pytest.approx(welch([1 - 18 / 90, 1 - 19 / 90], [1 - 3 / 90] * 2))
+
+
+def welch(values: list[float], others: list[float]) -> float:
+    """Welch's t-test by its formulas: t over the standard error, degrees of freedom by Satterthwaite."""
+    errors = [variance(each) / len(each) for each in (values, others)]
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(each) - 1) for e, each in zip(errors, (values, others), strict=True))
+    return 2 * student.sf(abs(mean(values) - mean(others)) / sum(errors) ** 0.5, freedom)
+
+
+def test_one_run_says_nothing_of_other_seeds(make_run):
+    folders = [make_run("a_seed0", 0), make_run("b_seed0", 0, 5, lr=0.5), make_run("b_seed1", 1, 5, lr=0.5)]
+    (pair,) = paired_tests(grouped([read_run(folder) for folder in folders]))
+    assert pair.p_seeds is None
+    assert pair_table([pair]).rows[0][-1].text == "–"
 
 
 # --- the script

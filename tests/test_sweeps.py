@@ -196,7 +196,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "7"}
     commands = [run._replace(commands=[["env", "-C", str(tmp_path), *each] for each in run.commands]) for run in runs]
     failures = sweep.run_all(commands, 2, environment, tmp_path / "logs")
-    assert sorted(failures) == [f"bad (error: no space; see {tmp_path}/logs/bad.txt)", "killed (exit code -9)"]
+    assert sorted(failures) == [
+        f"bad ended with 1 after 'error: no space'; see {tmp_path}/logs/bad.txt",
+        "killed ended with -9",
+    ]
     assert (tmp_path / "good").read_text() == "trained\ntested\n"
     assert (tmp_path / "last").exists()
     assert not (tmp_path / "never").exists()
