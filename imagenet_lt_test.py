@@ -16,7 +16,7 @@ from engine import distributed, metrics, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import PREDICT_WITH, chosen_logits, class_means, default_head, predict
-from engine.flags import Parser, number_in
+from engine.flags import Parser, command_line, number_in
 from engine.numerics import AMP, autocast_dtype
 from engine.record import read_record
 from engine.run import default_weights, find_run, load_run, pixels_of, read_weights
@@ -113,7 +113,8 @@ def main(args: argparse.Namespace) -> dict:
     suffix += "" if predict_with == default_head(own) else f"_{predict_with}"
     folder = run / f"{args.split}{suffix}"
     if distributed.is_main():
-        report.write_report(folder, result, logits, folders, record, shot_groups)
+        command = command_line("imagenet_lt_test.py", vars(args), vars(parse_args([])))
+        report.write_report(folder, result, logits, folders, record, shot_groups, command)
     say(report.table(result))
     say(f"tables and figures in {folder}")
     distributed.stop()

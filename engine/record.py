@@ -1,7 +1,8 @@
-"""What a run says of itself: args.json and the lines at its start."""
+"""What a run says of itself: args.json, log.jsonl and the lines at its start."""
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -68,6 +69,22 @@ def read_record(folder: Path) -> dict:
         raise Refused(f"{folder / 'args.json'} is no record of a run: it lacks {', '.join(sorted(missing))}")
     record["flags"] = plain_flags(train_parser().parse_args([])) | record["flags"]
     return record
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of log.jsonl; a last one that was only half written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["epoch"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise Refused(f"{path}, line {number}, is no row of a log; mend or remove the line") from None
+            return rows[: number - 1]
+    return rows
 
 
 def code_commit() -> str | None:

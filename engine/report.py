@@ -11,6 +11,8 @@ from scipy.special import softmax
 from data.folders import ImageFolders
 from engine.files import write_atomically, write_json
 from engine.metrics import confusion_matrix, per_class
+from engine.page import Predictions, write_page
+from engine.record import read_log
 
 REPORT_FILES = (
     "metrics.json",
@@ -19,6 +21,7 @@ REPORT_FILES = (
     "logits.npz",
     "accuracy_by_class.png",
     "confusion.png",
+    "report.html",
 )
 GROUP_COLOURS = {"many": "#1b6ca8", "medium": "#e0a100", "few": "#c8402f"}
 PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
@@ -32,8 +35,9 @@ def write_report(
     folders: ImageFolders,
     record: dict,
     groups: dict[str, np.ndarray],
+    command: str,
 ) -> None:
-    """All files of a test into ``folder``: `REPORT_FILES`."""
+    """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`. ``command`` is that of the test."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, targets = folders.splits[result["split"]]
     targets, classes, counts = np.array(targets), record["classes"], record["class_counts"]
@@ -45,6 +49,8 @@ def write_report(
     names = record["readable_names"]
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
     plot_confusion(folder / "confusion.png", confusion, names, counts)
+    predictions = Predictions(paths, files, targets, logits.argmax(axis=1), softmax(logits, axis=1).max(axis=1))
+    write_page(folder / "report.html", result, predictions, record, groups, read_log(folder.parent), command)
     write_json(folder / "metrics.json", result)
 
 
