@@ -1,16 +1,22 @@
-"""All flags of the train script, and those that belong to the run rather than to a package."""
+"""All flags of the two entry scripts, and those that belong to the run rather than to a package."""
 
 import argparse
 from pathlib import Path
 
 from data.build import add_data_flags
+from data.folders import SPLITS
+from data.loaders import CACHE_LIMIT
+from engine import metrics
 from engine.errors import Refused
+from engine.evaluate import PREDICT_WITH
 from engine.flags import Parser, add_switch, number_in
 from engine.numerics import AMP
 from engine.optim import add_optimizer_flags
 from losses import add_loss_flags
 from models import add_model_flags
 from rsg import add_rsg_flags
+
+ORIGINAL_RUN = "ImageNet_LT_CIFAR10_resnext50_32x4d_normout_rsg_ldam_supcon"
 
 
 def train_parser(description: str = "") -> Parser:
@@ -47,3 +53,72 @@ def check_run_flags(args: argparse.Namespace) -> None:
     """`Refused` for wishes that exclude each other."""
     if args.resume and args.overwrite:
         raise Refused("--resume goes on with the run in the folder, --overwrite replaces it; give one")
+
+
+def evaluation_parser(description: str = "") -> Parser:
+    parser = Parser(description)
+    add_question_flags(parser)
+    add_report_flags(parser)
+    group = parser.add_argument_group("computation")
+    group.add_argument("-b", "--batch_size", type=number_in(1, kind=int), default=64, help="images")
+    group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
+    group.add_argument("--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="decoded images")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
+    return parser
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Which run is asked about which images, and through what."""
+    group = parser.add_argument_group("run and images")
+    group.add_argument("--model_dir", default=ORIGINAL_RUN, metavar="RUN", help="a run's folder, or its name")
+    group.add_argument(
+        "--root_model", type=Path, default=Path("checkpoint"), metavar="DIR", help="where names are found"
+    )
+    group.add_argument("--data_dir", type=Path, metavar="DIR", help="default: the run's own")
+    group.add_argument("--list_dir", type=Path, metavar="DIR", help="image lists in place of folders")
+    group.add_argument("--split", choices=SPLITS, default="test", help="which images")
+    group.add_argument(
+        "--images", type=Path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
+    )
+    group = parser.add_argument_group("prediction")
+    group.add_argument("--weights", choices=("best", "last"), help="default: best, or last where none was selected")
+    group.add_argument(
+        "--predict_with",
+        choices=PREDICT_WITH,
+        help="head, mean of heads, or nearest class mean; default: the trained one",
+    )
+    group.add_argument(
+        "--test_prior",
+        metavar="PRIOR",
+        help="predict for classes as frequent as this: uniform, train, or a file of `class value` lines or JSON",
+    )
+
+
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--shot_thresholds",
+        type=number_in(0, kind=int),
+        nargs=2,
+        default=[metrics.MANY, metrics.FEW],
+        metavar=("MANY", "FEW"),
+        help="training images: more than MANY is many, fewer than FEW is few",
+    )
+    add_switch(
+        group, "--post_hoc", False, "compare corrections fitted on val/: logit adjustment, tau-norm, temperature"
+    )
+    add_switch(group, "--plot_features", False, "draw the features in two dimensions, which takes a minute")
+
+
+def check_evaluation_flags(args: argparse.Namespace) -> None:
+    """`Refused` for wishes that exclude each other."""
+    many, few = args.shot_thresholds
+    if many < few - 1:
+        raise Refused(f"--shot_thresholds {many} {few}: a class could be both many and few; MANY is the larger one")
+    if args.images and (args.post_hoc or args.plot_features):
+        raise Refused("--images have no labels: --post_hoc and --plot_features need some; leave them out")
+    if args.post_hoc and args.split == "val":
+        raise Refused("--post_hoc is fitted on val/; judge it on another --split")
+    if args.post_hoc and args.test_prior:
+        raise Refused("--post_hoc and --test_prior both correct for the class prior; give one")

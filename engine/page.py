@@ -62,11 +62,12 @@ def write_page(
     groups: dict[str, np.ndarray],
     log: list[dict],
     command: str,
+    feature_map: Path | None = None,
 ) -> None:
     """One HTML page that requests nothing: figures of ``result`` (metrics.json), charts, images, how to do it again.
 
-    ``groups`` are many, medium and few, ``log`` the rows of log.jsonl, ``command`` is the one of the test. An image
-    that is gone is named in place of its picture.
+    ``groups`` are many, medium and few, ``log`` the rows of log.jsonl, ``command`` is that of the test, ``feature_map``
+    a PNG. An image that is gone is named in place of its picture.
     """
     rows = class_rows(predictions, record, groups)
     order = [row["index"] for row in rows]
@@ -87,6 +88,7 @@ def write_page(
         mistakes=mistakes(predictions, record["readable_names"]),
         num_wrong=int((predictions.targets != predictions.predicted).sum()),
         bins=reliability(predictions),
+        feature_map=data_uri("png", feature_map.read_bytes()) if feature_map else None,
         curves=[curve for curve in (loss_curve(log), accuracy_curve(log)) if curve],
         about=about(result, record),
         flags={flag: (plain_text(value), value != defaults.get(flag)) for flag, value in record["flags"].items()},
@@ -220,7 +222,11 @@ def thumbnail(path: Path) -> str | None:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_uri("jpeg", content.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def reliability(predictions: Predictions) -> list[dict]:

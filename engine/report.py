@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from data.folders import ImageFolders
 from engine.files import write_atomically, write_json
-from engine.metrics import confusion_matrix, per_class
+from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class
 from engine.page import Predictions, write_page
 from engine.record import read_log
 
@@ -21,11 +21,15 @@ REPORT_FILES = (
     "logits.npz",
     "accuracy_by_class.png",
     "confusion.png",
+    "reliability.png",
+    "features.png",  # when asked for
+    "post_hoc.json",  # when asked for
     "report.html",
 )
 GROUP_COLOURS = {"many": "#1b6ca8", "medium": "#e0a100", "few": "#c8402f"}
 PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
 PERCENT += ("head", "tail", "ece")
+MAPPED = 2000  # images in features.png at most
 
 
 def write_report(
@@ -36,21 +40,29 @@ def write_report(
     record: dict,
     groups: dict[str, np.ndarray],
     command: str,
+    features: np.ndarray | None = None,
 ) -> None:
-    """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`. ``command`` is that of the test."""
+    """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`, features.png where ``features``
+    [N, D] are given. ``command`` is the one that tests like this."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, targets = folders.splits[result["split"]]
     targets, classes, counts = np.array(targets), record["classes"], record["class_counts"]
-    confusion = confusion_matrix(targets, logits.argmax(axis=1), len(classes))
+    probabilities, predicted = softmax(logits, axis=1), logits.argmax(axis=1)
+    confusion = confusion_matrix(targets, predicted, len(classes))
     files = [os.path.relpath(path, folders.root) for path in paths]
     write_atomically(folder / "logits.npz", lambda file: np.savez_compressed(file, logits=logits, targets=targets))
     write_per_class(folder / "per_class.csv", confusion, classes, counts)
-    write_predictions(folder / "predictions.csv", files, targets, softmax(logits, axis=1), classes)
+    write_predictions(folder / "predictions.csv", files, targets, probabilities, classes)
     names = record["readable_names"]
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
     plot_confusion(folder / "confusion.png", confusion, names, counts)
-    predictions = Predictions(paths, files, targets, logits.argmax(axis=1), softmax(logits, axis=1).max(axis=1))
-    write_page(folder / "report.html", result, predictions, record, groups, read_log(folder.parent), command)
+    plot_reliability(folder / "reliability.png", probabilities.max(axis=1), predicted == targets)
+    if features is not None:
+        plot_features(folder / "features.png", features, targets, predicted, names, counts, groups)
+    page = folder / "report.html"
+    predictions = Predictions(paths, files, targets, predicted, probabilities.max(axis=1))
+    feature_map = None if features is None else folder / "features.png"
+    write_page(page, result, predictions, record, groups, read_log(folder.parent), command, feature_map)
     write_json(folder / "metrics.json", result)
 
 
@@ -66,6 +78,11 @@ def table(result: dict) -> str:
             interval = f"  [{factor * low:.2f}, {factor * high:.2f}]" if low is not None else ""
             number = f"  {number_of_classes(result['counts'][name])}" if name in result["counts"] else ""
             lines.append(f"{name:18s} {value}{interval}{number}")
+        if name == "ece" and result.get("ece_groups"):
+            lines.append(" " * 22 + ", ".join(f"{group} {100 * e:.2f}" for group, e in result["ece_groups"].items()))
+    if "test_prior" in result:
+        lines.append(f"predicted for the class prior {result['test_prior']}: {100 * result['top1_under_prior']:.2f} % ")
+        lines[-1] += "top1 to expect where it holds; the figures above are of the images as they are"
     return "\n".join(lines)
 
 
@@ -163,12 +180,98 @@ def plot_confusion(path: Path, confusion: np.ndarray, names: list[str], class_co
     _save(figure, path)
 
 
-def _figure(width: float, height: float):
+def plot_reliability(path: Path, confidence: np.ndarray, correct: np.ndarray) -> None:
+    """Accuracy over mean confidence in equally wide bins, and how many images each bin holds."""
+    rows, mean_confidence, accuracy = calibration_bins(confidence, correct)
+    bins, filled = len(rows), rows > 0
+    left = np.arange(bins)[filled] / bins
+    rows, mean_confidence, accuracy = rows[filled], mean_confidence[filled], accuracy[filled]
+    figure, (axes, size_axes) = _figure(5.2, 6.2, nrows=2, sharex=True, height_ratios=[3, 1])
+    bar = {"width": 1 / bins, "align": "edge"}
+    gap = {"bottom": accuracy, "facecolor": "none", "edgecolor": "#c8402f", "hatch": "////", "linewidth": 1}
+    axes.bar(left, accuracy, color="#9cc3e0", edgecolor="white", label="accuracy", **bar)
+    axes.bar(left, mean_confidence - accuracy, label="gap to the mean confidence", **gap, **bar)
+    axes.plot([0, 1], [0, 1], color="0.5", linewidth=1, linestyle="--", label="calibrated")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    size_axes.bar(left, rows, color="0.55", edgecolor="white", **bar)
+    for edge, number in zip(left, rows, strict=True):
+        middle = edge + 0.5 / bins
+        size_axes.annotate(f"{number}", (middle, number), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    error = expected_calibration_error(confidence, correct)
+    size_axes.set(xlabel=f"confidence; expected calibration error {error:.1%}", ylabel="images")
+    size_axes.margins(y=0.2)
+    for each in (axes.xaxis, axes.yaxis):
+        each.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def plot_features(
+    path: Path,
+    features: np.ndarray,
+    targets: np.ndarray,
+    predicted: np.ndarray,
+    names: list[str],
+    class_counts: list[int],
+    groups: dict[str, np.ndarray],
+) -> None:
+    """Map of the images by their features: coloured by class up to 10 classes, else by many, medium and few."""
+    shown = evenly_spaced(len(features), MAPPED)
+    points, targets, wrong = feature_map(features[shown]), targets[shown], (predicted != targets)[shown]
+    if len(names) <= 10:
+        order = np.argsort(-np.asarray(class_counts), kind="stable")
+        parts = [(names[index], f"C{place}", targets == index) for place, index in enumerate(order)]
+    else:
+        parts = [(group, GROUP_COLOURS[group], members[targets]) for group, members in groups.items()]
+    figure, axes = _figure(7.0, 7.0)
+    for label, colour, rows in parts:
+        if rows.any():
+            axes.scatter(*points[rows & ~wrong].T, s=12, color=colour, linewidths=0)
+            axes.scatter(*points[rows & wrong].T, s=18, color=colour, marker="x", linewidths=1)
+            axes.scatter([], [], s=30, color=colour, label=label)
+    axes.scatter([], [], s=30, color="0.3", marker="x", label="taken for another class")
+    axes.set(
+        xticks=[],
+        yticks=[],
+        xlabel=f"{len(points)} of {len(features)} images by the likeness of their features (t-SNE)",
+    )
+    legend = figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    _save(figure, path)
+
+
+def evenly_spaced(number: int, limit: int) -> np.ndarray:
+    """``limit`` rows of ``number``, or all: of splits in class order, each class by its share."""
+    return np.linspace(0, number - 1, min(number, limit)).round().astype(int)
+
+
+def feature_map(features: np.ndarray) -> np.ndarray:
+    """Rows [N, D] as points [N, 2] that keep neighbours by angle together; the same every time.
+
+    t-SNE (van der Maaten and Hinton, 2008) of the 50 first principal components of the normalised rows. Distances
+    between clusters and their sizes mean little.
+    """
+    from sklearn.decomposition import PCA  # takes seconds to import
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if not np.ptp(unit, axis=0).any():  # all alike, or a single row
+        return np.zeros((len(unit), 2))
+    components = PCA(min(50, *unit.shape), svd_solver="full").fit_transform(unit)
+    with threadpool_limits(1):  # sums in another order would end elsewhere
+        return TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0).fit_transform(components)
+
+
+def _figure(width: float, height: float, **grid):
+    """A figure and its axes, one or as `Figure.subplots` arranges them by ``grid``."""
     from matplotlib.figure import Figure  # imported when something is drawn: it takes half a second
 
     figure = Figure(figsize=(width, height), layout="compressed")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(**grid)
+    for each in np.atleast_1d(axes):
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -39,7 +39,7 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
     "add_sphere_loss": "sphere",
 }
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
-REPORTS = [f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES]
+REPORTS = [*(f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES), "predict/*.csv"]
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -10,9 +10,11 @@ from sklearn import metrics as sk
 
 from engine.evaluate import Predictions, chosen_logits, class_means, validation_row
 from engine.metrics import (
+    accuracy_under_prior,
     bootstrap_intervals,
     brier_score,
     calibration_bins,
+    calibration_by_group,
     class_mean_logits,
     confusion_matrix,
     expected_calibration_error,
@@ -24,6 +26,7 @@ from engine.metrics import (
     summary,
     top_k_accuracy,
 )
+from scripts import check_intervals
 
 COUNTS = [500, 101, 100, 60, 20, 19, 3]  # many 2, medium 3, few 2
 TESTED = [0, 1, 2, 3, 4, 5, 6]
@@ -136,6 +139,31 @@ def test_calibration_bins_hold_nan_where_they_are_empty():
     assert rows.tolist() == [1, 0, 1, 2]
     np.testing.assert_allclose(mean_confidence, [0.1, math.nan, 0.6, 0.95])
     np.testing.assert_array_equal(accuracy, [1, math.nan, 0, 1])
+
+
+def test_the_calibration_error_of_a_group_is_that_of_its_rows_alone():
+    logits, targets = random_test()
+    confidence, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == targets
+    errors = calibration_by_group(logits, targets, shot_groups(COUNTS))
+    assert list(errors) == ["many", "medium", "few"]
+    for name, classes in (("many", {0, 1}), ("medium", {2, 3, 4}), ("few", {5, 6})):
+        rows = [row for row, target in enumerate(targets) if target in classes]
+        expected = slow_calibration_error([confidence[row] for row in rows], [correct[row] for row in rows])
+        assert errors[name] == pytest.approx(expected, **EXACT)
+
+
+def test_a_group_without_rows_has_no_calibration_error():
+    logits, targets = random_test([0, 2])
+    assert list(calibration_by_group(logits, targets, shot_groups(COUNTS))) == ["many", "medium"]
+
+
+def test_the_accuracy_under_a_prior_is_that_of_a_test_drawn_from_it():
+    """Every row counts as often as its class shall be there: scikit-learn's accuracy with such weights."""
+    logits, targets = random_test([0, 2, 5])
+    prior = np.array([0.5, 0.1, 0.2, 0, 0.1, 0.1, 0])
+    weights = prior[targets] / np.bincount(targets, minlength=7)[targets]
+    expected = sk.accuracy_score(targets, logits.argmax(axis=1), sample_weight=weights)
+    assert accuracy_under_prior(logits, targets, prior) == pytest.approx(expected, **EXACT)
 
 
 def test_certain_logits_have_a_calibration_error_of_one_minus_accuracy():
@@ -274,15 +302,19 @@ def test_intervals_agree_with_a_slow_bootstrap():
     assert ours == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.01)
 
 
-def test_intervals_of_accuracy_cover_the_truth_about_95_times_in_100():
-    random, covered = np.random.default_rng(0), 0
-    targets = np.repeat([0, 1], 250)
-    for _ in range(200):
-        right = random.random(500) < 0.7
-        logits = np.eye(2)[np.where(right, targets, 1 - targets)]
-        low, high = bootstrap_intervals(logits, targets, {}, resamples=200)["top1"]
-        covered += low <= 0.7 <= high
-    assert 0.90 <= covered / 200 <= 0.99
+@pytest.mark.parametrize("case", ["top1, 1,000 images", "balanced accuracy, 10 classes of 100"])
+def test_intervals_cover_the_truth_about_95_times_in_100(case):
+    """scripts/check_intervals.py does it with 1,000 simulations of 1,000 resamples."""
+    metric, recalls, images, _ = check_intervals.CASES[case]
+    assert 0.91 <= check_intervals.coverage(metric, recalls, images, simulations=200, resamples=200) <= 0.99
+
+
+def test_blocks_of_resamples_are_as_many_as_asked_for():
+    """More images than a block holds: one resample at a time, and none left out."""
+    targets = np.zeros(60_000, int)
+    logits = np.eye(2)[(np.arange(60_000) % 2)]
+    low, high = bootstrap_intervals(logits, targets, {}, resamples=40)["top1"]
+    assert (low, high) == pytest.approx((0.496, 0.504), abs=0.002)
 
 
 # --- which head answers

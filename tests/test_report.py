@@ -11,8 +11,12 @@ from PIL import Image
 
 from engine.metrics import confusion_matrix, per_class, shot_groups
 from engine.report import (
+    evenly_spaced,
+    feature_map,
     plot_accuracy_by_class,
     plot_confusion,
+    plot_features,
+    plot_reliability,
     table,
     write_csv,
     write_per_class,
@@ -141,16 +145,20 @@ def long_tail(num_classes: int) -> list[int]:
 
 
 def figures(folder: Path, names: list[str], counts: list[int]) -> list[Path]:
-    """Both figures of random predictions, the last class never tested; any warning is an error."""
+    """All figures of random predictions, the last class never tested; any warning is an error."""
     random, num_classes = np.random.default_rng(0), len(names)
     targets = np.arange(num_classes - 1).repeat(5)
     predicted = np.where(random.random(len(targets)) < 0.6, targets, random.integers(0, num_classes, len(targets)))
     confusion = confusion_matrix(targets, predicted, num_classes)
-    paths = [folder / "accuracy_by_class.png", folder / "confusion.png"]
+    features = np.eye(num_classes)[targets] + 0.1 * random.standard_normal((len(targets), num_classes))
+    paths = [folder / f"{name}.png" for name in ("accuracy_by_class", "confusion", "reliability", "features")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot_accuracy_by_class(paths[0], per_class(confusion)[0], names, counts, shot_groups(counts))
         plot_confusion(paths[1], confusion, names, counts)
+        plot_reliability(paths[2], random.random(len(targets)), targets == predicted)
+        part = slice(None, None, 1 + len(targets) // 60)  # t-SNE of many rows takes seconds
+        plot_features(paths[3], features[part], targets[part], predicted[part], names, counts, shot_groups(counts))
     return paths
 
 
@@ -206,3 +214,47 @@ def test_a_group_that_nobody_tested_is_not_drawn(tmp_path):
         recall = np.array([0.5, math.nan, 0.25])
         plot_accuracy_by_class(tmp_path / "a.png", recall, NAMES[3], counts, shot_groups(counts))
     assert {"#1b6ca8", "#e0a100", "#c8402f"} & colours_in(tmp_path / "a.png") == {"#1b6ca8", "#c8402f"}
+
+
+def test_the_bars_of_the_reliability_diagram_are_as_high_as_the_accuracies(tmp_path):
+    """Bins of 1 and 4 images with accuracy 1 and 0.5, confident as they are right: no gap is drawn."""
+    plot_reliability(tmp_path / "a.png", np.array([0.5] * 4 + [1.0]), np.array([1, 1, 0, 0, 1]))
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    heights = [
+        (pixels == colour).all(axis=2).sum(axis=0)[part].max()
+        for part in (slice(300, 400), slice(520, None))
+        for colour in ((0x9C, 0xC3, 0xE0), (0x8C, 0x8C, 0x8C))
+    ]
+    assert heights[0] / heights[2] == pytest.approx(0.5, rel=0.05)
+    assert heights[1] / heights[3] == pytest.approx(4, rel=0.1)
+
+
+def test_the_map_of_features_is_the_same_every_time_and_keeps_neighbours():
+    random, targets = np.random.default_rng(0), np.arange(3).repeat(8)
+    features = 5 * np.eye(3, 16)[targets] + random.standard_normal((24, 16))
+    points = feature_map(features)
+    np.testing.assert_array_equal(points, feature_map(features))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(24)
+    assert (targets[distances.argmin(axis=1)] == targets).mean() > 0.9
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_few_features_have_a_map(number):
+    assert np.isfinite(feature_map(np.random.default_rng(0).standard_normal((number, 16)))).all()
+
+
+def test_features_that_are_all_alike_have_a_map():
+    assert not feature_map(np.ones((6, 16))).any()
+
+
+def test_rows_are_taken_evenly_up_to_the_limit():
+    assert evenly_spaced(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(9, 5).tolist() == [0, 2, 4, 6, 8]
+
+
+def test_the_table_gives_calibration_by_group_and_what_a_prior_means():
+    result = RESULT | {"ece": 0.1, "ece_groups": {"few": 0.25}, "test_prior": "train", "top1_under_prior": 0.9}
+    text = table(result)
+    assert "ece                 10.00 %\n                      few 25.00\n" in text
+    assert "predicted for the class prior train: 90.00 % top1" in text

@@ -1,0 +1,130 @@
+"""Corrections of a trained model for the long tail, without training it again: fitted on val/, judged on the test."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from data.folders import Split
+from engine import distributed, metrics
+from engine.files import write_json
+from engine.predictor import Predictor
+from models.heads import Linear
+
+TAUS = np.arange(41) / 20  # 0, 0.05 ... 2
+TEMPERATURES = (0.02, 50.0)
+SHOWN = ("top1", "balanced_accuracy", "many", "medium", "few", "nll", "ece")
+
+
+class Labelled(NamedTuple):
+    logits: np.ndarray  # [N, C], margin-free
+    targets: np.ndarray  # [N]
+
+
+def logit_adjusted(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndarray:
+    """``z_j - tau log pi_j`` with the training prior pi [C] (Menon et al., Long-tail learning via logit adjustment,
+    2021, eq. 9). With tau 1 and a model that has learned the posterior, the decision of highest balanced accuracy."""
+    return logits - tau * np.log(prior)
+
+
+def tau_normalised(logits: np.ndarray, norms: np.ndarray, bias: np.ndarray, tau: float) -> np.ndarray:
+    """Logits of the classifier ``W_j / |W_j|^tau`` without bias (Kang et al., Decoupling, 2020, eq. 5), from those of
+    a linear one with the row norms and the bias [C]. The scale of the logits changes too, and with it NLL and ECE."""
+    return (logits - bias) / norms**tau
+
+
+def best_tau(corrected: Callable[[np.ndarray, float], np.ndarray], val: Labelled) -> tuple[float, float]:
+    """Tau of `TAUS` with the highest balanced accuracy on val, the smallest of equals; and that accuracy.
+
+    A mean over classes does not lean to any class, however many images each has in val. But where val is long-tailed
+    like training, the recall of a rare class comes from a handful of images, and tau is as uncertain as that.
+    """
+    scores = [_balanced_accuracy(corrected(val.logits, tau), val.targets) for tau in TAUS]
+    best = int(np.argmax(scores))
+    return float(TAUS[best]), scores[best]
+
+
+def best_temperature(val: Labelled) -> tuple[float, float]:
+    """T in `TEMPERATURES` with the lowest mean NLL of ``z / T`` over val (Guo et al., 2017); and that NLL.
+
+    The mean is over images: it calibrates for a population with val's class shares. Fitted on a long-tailed val it
+    answers for the head, which is not what a balanced test asks.
+    """
+
+    def loss(log_temperature: float) -> float:
+        return metrics.negative_log_likelihood(val.logits / np.exp(log_temperature), val.targets).mean()
+
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x)), float(found.fun)
+
+
+def write_comparison(
+    folder: Path, result: dict, predictor: Predictor, val_split: Split, test: Labelled, groups: dict[str, np.ndarray]
+) -> str:
+    """Let the predictor see val, write post_hoc.json into ``folder`` and return `table`. ``result`` says what was
+    tested: metrics.json."""
+    loader = predictor.loader(val_split)
+    val = Labelled(predictor(loader, "validation").logits, loader.targets.numpy())
+    head = dict(predictor.model.heads.items()).get(predictor.head)
+    rows = compare(val, test, predictor.record["class_counts"], groups, head)
+    if distributed.is_main():
+        about = {key: result[key] for key in ("split", "weights", "predict_with", "split_hash", "weights_hash")}
+        write_json(folder / "post_hoc.json", about | {"val_images": len(val.targets), "rows": rows})
+    return table(rows, val)
+
+
+def compare(
+    val: Labelled, test: Labelled, class_counts: list[int], groups: dict[str, np.ndarray], head: nn.Module | None
+) -> dict[str, dict]:
+    """The metrics of the test, plain and under each correction, with the fitted value and what it reached on val.
+
+    ``head`` is the one that predicts, None for a mean of heads or class means. Only a `Linear` head can be
+    tau-normalised: the rows of a cosine head have norm 1 already.
+    """
+    prior = np.array(class_counts) / sum(class_counts)
+    by_tau = {"logit_adjustment": lambda logits, tau: logit_adjusted(logits, prior, tau)}
+    if isinstance(head, Linear):
+        norms = head.weight.detach().double().norm(dim=1).cpu().numpy()
+        bias = head.bias.detach().double().cpu().numpy()
+        by_tau["tau_normalisation"] = lambda logits, tau: tau_normalised(logits, norms, bias, tau)
+
+    def row(logits: np.ndarray, **fitted: float) -> dict:
+        return fitted | metrics.summary(logits, test.targets, class_counts, groups)
+
+    temperature, val_nll = best_temperature(val)
+    rows = {
+        "plain": row(test.logits),
+        "temperature": row(test.logits / temperature, temperature=temperature, val_nll=val_nll),
+    }
+    for name, corrected in by_tau.items():
+        tau, score = best_tau(corrected, val)
+        rows[name] = row(corrected(test.logits, tau), tau=tau, val_balanced_accuracy=score)
+    return rows
+
+
+def table(rows: dict[str, dict], val: Labelled) -> str:
+    """The rows of `compare` as text: accuracies and ECE in per cent, NLL in nats, and how they were fitted."""
+    shown = [name for name in SHOWN if name in rows["plain"]]
+    lines = [f"{'':18s} {'fitted':10s}" + "".join(f" {name.removesuffix('_accuracy'):>8s}" for name in shown)]
+    for name, row in rows.items():
+        fitted = (
+            f"T {row['temperature']:.3f}" if "temperature" in row else f"tau {row['tau']:.2f}" if "tau" in row else ""
+        )
+        values = [f"{row[key]:8.3f}" if key == "nll" else f"{100 * row[key]:8.2f}" for key in shown]
+        lines.append(f"{name.replace('_', ' '):18s} {fitted:10s} {' '.join(values)}")
+    images = np.bincount(val.targets, minlength=val.logits.shape[1])
+    lines.append(
+        f"per cent, NLL in nats; fitted on {len(val.targets)} val images ({images.max()} to {images.min()} a class): "
+        f"tau of 0, {TAUS[1]:g} ... {TAUS[-1]:g} by balanced accuracy, T by NLL"
+    )
+    if "tau_normalisation" not in rows:
+        lines.append("no tau-normalisation: only a Linear head has norms to divide by")
+    return "\n".join(lines)
+
+
+def _balanced_accuracy(logits: np.ndarray, targets: np.ndarray) -> float:
+    confusion = metrics.confusion_matrix(targets, logits.argmax(axis=1), logits.shape[1])
+    return float(np.nanmean(metrics.per_class(confusion)[0]))

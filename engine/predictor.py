@@ -1,0 +1,91 @@
+"""A trained run that answers: image files in, logits of one of its heads out."""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.build import build_evaluation_loader
+from data.folders import ImageFolders, Split, read_known_classes
+from data.loaders import EvaluationLoader
+from engine.errors import Refused
+from engine.evaluate import chosen_logits, class_means, default_head, predict
+from engine.numerics import autocast_dtype
+from engine.priors import model_prior, read_prior, reweighted
+from engine.record import read_record
+from engine.run import default_weights, load_run, pixels_of, read_weights
+from models.heads import margin_heads_on
+
+
+class Answers(NamedTuple):
+    """Rows in the order of the split; float64."""
+
+    logits: np.ndarray  # [N, C], margin-free
+    features: np.ndarray  # [N, D]
+
+
+class Predictor:
+    """The ``weights`` of a run (default: those that ``--weights`` asks for), asked as the test script's flags say.
+
+    `Refused` when the run has no such head, or when the nearest class mean lacks training images.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Path, device: torch.device, weights: str | None = None):
+        self.args, self.run, self.device = args, run, device
+        self.record = read_record(run)
+        flags, classes, counts = self.record["flags"], self.record["classes"], self.record["class_counts"]
+        self.weights = weights or args.weights or default_weights(run)
+        self.head = args.predict_with or default_head(flags)
+        heads = ["main", *margin_heads_on(argparse.Namespace(**flags))]
+        if self.head not in (*heads, "mean", "ncm"):
+            raise Refused(
+                f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
+            )
+        self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
+        tensors, self.epoch = read_weights(run, self.weights)
+        self.model_prior = model_prior(flags, counts, self.head, self.epoch)
+        self.model = load_run(run, self.weights)[0].to(device)
+        self.class_means = None
+        if self.head == "ncm":
+            self.class_means = tensors["class_means"].numpy() if "class_means" in tensors else self._class_means()
+
+    def __call__(self, loader: EvaluationLoader, text: str) -> Answers:
+        """Logits of the loader's images, under ``--test_prior`` if there is one. ``text`` names the bar."""
+        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), text)
+        logits = chosen_logits(predictions, self.head, self.class_means, self.record["flags"]["norm_scale"])
+        if self.test_prior is not None:
+            logits = reweighted(logits, self.model_prior, self.test_prior)
+        return Answers(logits, predictions.features)
+
+    def loader(self, split: Split) -> EvaluationLoader:
+        return build_evaluation_loader(self.args, split, pixels_of(self.record), self.device)
+
+    def folders(self, split: str) -> ImageFolders:
+        """The data set, by default the run's own; `Refused` without images in ``split``."""
+        args, flags = self.args, self.record["flags"]
+        root = args.data_dir or Path(flags["data_dir"])
+        list_dir = args.list_dir or (Path(flags["list_dir"]) if flags["list_dir"] and args.data_dir is None else None)
+        return read_known_classes(root, list_dir, split, self.record["classes"])
+
+    def suffix(self) -> str:
+        """What tells the files of this test from those of the default one."""
+        suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"
+        suffix += "" if self.head == default_head(self.record["flags"]) else f"_{self.head}"
+        return suffix + (f"_prior_{Path(self.args.test_prior).stem}" if self.args.test_prior else "")
+
+    def weights_hash(self) -> str:
+        return hashlib.sha256((self.run / f"{self.weights}.safetensors").read_bytes()).hexdigest()
+
+    def _class_means(self) -> np.ndarray:
+        try:
+            folders = self.folders("train")
+        except Refused as error:
+            raise Refused(f"--predict_with ncm needs training images: {error}") from None
+        if missing := folders.untested("train"):
+            raise Refused(f"--predict_with ncm needs training images of every class; {missing[0]} has none")
+        loader = self.loader(folders.splits["train"])
+        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), "class means")
+        return class_means(predictions, len(self.record["classes"]))

@@ -1,0 +1,99 @@
+"""Class priors: the one that a model's softmax stands for, and the one that a deployment is stated to have."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from data.build import sampler_of
+from data.samplers import SAMPLERS
+from engine.errors import Refused
+from losses import build_objective
+
+
+def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarray) -> np.ndarray:
+    """``z_j + log q_j - log p_j``: by Bayes' rule the logits of a model whose classes had the prior q [C] in place of
+    p [C], while each class looks as it did (Saerens et al., 2002, eq. 2.4)."""
+    return logits + np.log(test_prior) - np.log(model_prior)
+
+
+def model_prior(flags: dict, class_counts: list[int], head: str, epoch: int) -> np.ndarray:
+    """The class prior [C], sum 1, that training up to ``epoch`` put into the softmax of ``head``.
+
+    With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), w_lj the class weights of
+    loss l on the head and a_lj what it adds to the logits while training: p_j is the mean over the losses, by their
+    factors, of d_j w_lj exp(-a_lj), each of sum 1. Plain cross-entropy gives the training prior; inverse-frequency
+    weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
+    is fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
+    class mean knows no prior: uniform.
+    """
+    if head == "ncm":
+        return np.full(len(class_counts), 1 / len(class_counts))
+    args = argparse.Namespace(**flags)
+    power = SAMPLERS[sampler_of(args, epoch)]
+    drawn = _normalised(np.array(class_counts, dtype=float) ** (1 if power is None else power))
+    prior = np.zeros(len(class_counts))
+    for term in build_objective(args, class_counts, epoch).head_terms:
+        if term.head == ("main" if head == "mean" else head):  # all heads have the same losses
+            buffers = {name.split(".")[-1]: value.double().numpy() for name, value in term.loss_fn.named_buffers()}
+            share = drawn * buffers.get("weight", 1) * np.exp(-buffers.get("adjustments", 0))
+            prior += term.factor * _normalised(share)
+    return _normalised(prior) if prior.any() else drawn
+
+
+def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.ndarray:
+    """The prior [C], sum 1, that ``word`` names: ``uniform``, ``train`` (the training images' shares), or a file.
+
+    A file holds lines ``class value``, or one JSON object {class: value} if it is named ``.json``. Values are above 0
+    and are divided by their sum, so that counts will do. `Refused` unless it names every class once.
+    """
+    if word == "uniform":
+        return np.full(len(classes), 1 / len(classes))
+    if word == "train":
+        return _normalised(np.array(class_counts, dtype=float))
+    path = Path(word)
+    if not path.is_file():
+        raise Refused(f"--test_prior {word} is no file; give one, or uniform, or train")
+    text = path.read_text(errors="surrogateescape")  # class names are names of folders: bytes
+    pairs = _json_pairs(path, text) if path.suffix.lower() == ".json" else _line_pairs(path, text)
+    names = [name for name, _ in pairs]
+    if unknown := [name for name in names if name not in set(classes)]:
+        raise Refused(f"{path} names {unknown[0]!r}, which is no class of the run; remove it")
+    if twice := [name for name in classes if names.count(name) > 1]:
+        raise Refused(f"{path} names {twice[0]!r} twice; remove one")
+    if missing := [name for name in classes if name not in set(names)]:
+        raise Refused(f"{path} has no value for {', '.join(missing)}; give every class one")
+    for name, value in pairs:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise Refused(f"{path}: the value of {name!r} is {value!r}, not a number above 0; 1e-6 says hardly ever")
+    values = dict(pairs)
+    return _normalised(np.array([values[name] for name in classes], dtype=float))
+
+
+def _line_pairs(path: Path, text: str) -> list[tuple[str, float]]:
+    pairs = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.rsplit(maxsplit=1)
+        if words:
+            try:
+                name, value = words
+                pairs.append((name.strip(), float(value)))
+            except ValueError:
+                raise Refused(f"{path}, line {number}, is not `class value` with a number: {line.strip()}") from None
+    return pairs
+
+
+def _json_pairs(path: Path, text: str) -> list[tuple[str, object]]:
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide a class that is named twice
+    except ValueError as error:
+        raise Refused(f"{path} is not JSON ({error}); mend it") from None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise Refused(f"{path} holds no JSON object {{class: value}}; mend it")
+    return pairs
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    return values / values.sum()

@@ -1,0 +1,90 @@
+"""Images without labels: which there are below a folder, and the table of what they are taken for."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+from tqdm import tqdm
+
+from data.folders import Split, image_files
+from data.images import read_image
+from engine import distributed
+from engine.console import say
+from engine.errors import Failed, Refused
+from engine.predictor import Predictor
+from engine.report import write_csv
+
+BEST = 3  # classes of an image
+
+
+def predict_images(predictor: Predictor, directory: Path) -> dict:
+    """Write ``RUN/predict/<folder name>.csv`` about the images in ``directory``; their number and the table's path.
+
+    An image that cannot be read has a row without a class, and the end is `Failed` with the names of such images.
+    """
+    paths = images_below(directory)
+    size, workers = predictor.record["img_size"], predictor.args.workers
+    faults = distributed.from_main(unreadable(paths, size, workers) if distributed.is_main() else None)
+    readable = [path for path, fault in zip(paths, faults, strict=True) if not fault]
+    rows = iter(())
+    if readable:
+        loader = predictor.loader(Split(readable, [0] * len(readable)))
+        rows = iter(softmax(predictor(loader, "predicting").logits, axis=1))
+    name = directory.name if directory.name not in ("", "..") else directory.resolve().name
+    table = predictor.run / "predict" / f"{name}{predictor.suffix()}.csv"
+    if distributed.is_main():
+        table.parent.mkdir(exist_ok=True)
+        files = [os.path.relpath(path, directory) for path in paths]
+        write_unlabelled(table, files, [None if fault else next(rows) for fault in faults], predictor.record["classes"])
+    say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
+    if broken := [fault for fault in faults if fault]:
+        more = f"; and {len(broken) - 20} more without a class in {table}" if len(broken) > 20 else ""
+        raise Failed("; ".join(broken[:20]) + more)
+    return {"n": len(readable), "table": str(table)}
+
+
+def images_below(directory: Path) -> list[Path]:
+    """Image files in ``directory`` and its folders, in the order of their paths; dot files and folders are ignored,
+    links are followed, each folder once. `Refused` when there is none."""
+    if not directory.is_dir():
+        raise Refused(f"--images {directory} is no folder")
+    paths, seen = [], set()
+    for folder, inner, _ in os.walk(directory, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        paths += image_files(Path(folder))
+    if not paths:
+        raise Refused(f"--images {directory} holds no image; .jpg, .png and the like are read, in inner folders too")
+    return sorted(paths)
+
+
+def unreadable(paths: list[Path], size: int, workers: int) -> list[str]:
+    """What is wrong with each image that cannot be read for ``size`` px, by path; "" with the others."""
+
+    def fault(path: Path) -> str:
+        try:
+            read_image(path, at_least=size)
+        except Refused as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return list(tqdm(pool.map(fault, paths), "checking", len(paths), unit="image", disable=None, leave=False))
+
+
+def write_unlabelled(path: Path, files: list[str], probabilities: list[np.ndarray | None], classes: list[str]) -> None:
+    """Each file's most probable class, its probability, and the next two; empty where there are no probabilities."""
+    best = min(BEST, len(classes))
+    header = ["file", "class", "probability"]
+    header += [f"{column}_{place}" for place in range(2, best + 1) for column in ("class", "probability")]
+    rows = []
+    for file, row in zip(files, probabilities, strict=True):
+        order = [] if row is None else np.argsort(-row, kind="stable")[:best]
+        cells = [cell for index in order for cell in (classes[index], f"{row[index]:.6f}")]
+        rows.append([file, *(cells or [""] * (len(header) - 1))])
+    write_csv(path, header, rows)

@@ -1,0 +1,155 @@
+"""The test script on one small run: corrections, stated priors, unlabelled images, and what it refuses."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import log_softmax, softmax
+
+import imagenet_lt_test
+import imagenet_lt_train
+
+CLASSES = {"common": 8, "odd, name": 5, "rare": 3}  # training images
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two steps of a ResNet-32 with a Linear head and plain cross-entropy, on grey noise of three brightnesses."""
+    folder, random = tmp_path_factory.mktemp("predictor"), np.random.default_rng(0)
+    for brightness, (name, images) in enumerate(CLASSES.items()):
+        for split, number in (("train", images), ("val", 2), ("test", 3)):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = 80 * brightness + random.integers(0, 60, (8, 8, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{index}.png")
+    flags = ["--data_dir", folder / "data", "--root_model", folder, "--root_log", folder / "log", "--run_name", "run"]
+    flags += ["--arch", "resnet32", "--epochs", 1, "--batch_size", 8, "--norm_out", False, "--seed", 0]
+    flags += ["--add_cross_entropy_loss", True, "--add_ldam_loss", 0, "--add_supcon_loss", 0, "--add_rsg", 0]
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([str(flag) for flag in flags]))
+    return folder / "run"
+
+
+def ask(run: Path, *flags) -> dict:
+    return imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), *(str(flag) for flag in flags)]))
+
+
+def logits_in(folder: Path) -> np.ndarray:
+    with np.load(folder / "logits.npz") as file:
+        return file["logits"]
+
+
+def refused(capsys, call) -> str:
+    """The one line on stderr of a call that exits with 2."""
+    with pytest.raises(SystemExit) as error:
+        call()
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def tested(run) -> dict:
+    """The default test, with corrections and the map of features."""
+    return ask(run, "--post_hoc", "--plot_features")
+
+
+def test_every_file_of_the_specification_is_there(run, tested):
+    tables = {"metrics.json", "per_class.csv", "predictions.csv", "logits.npz", "post_hoc.json"}
+    figures = {f"{name}.png" for name in ("accuracy_by_class", "confusion", "reliability", "features")}
+    assert tables | figures <= {path.name for path in (run / "test").iterdir()}
+    assert json.loads((run / "test" / "metrics.json").read_text())["ece_groups"] == tested["ece_groups"]
+    assert list(tested["ece_groups"]) == ["few", "head", "tail"]
+
+
+def test_the_comparison_holds_the_plain_metrics_and_three_corrections(run, tested):
+    content = json.loads((run / "test" / "post_hoc.json").read_text())
+    assert list(content["rows"]) == ["plain", "temperature", "logit_adjustment", "tau_normalisation"]
+    assert content["val_images"] == 6
+    assert content["weights_hash"] == tested["weights_hash"]
+    for key in ("top1", "nll", "ece"):
+        assert content["rows"]["plain"][key] == tested[key]
+    temperature = content["rows"]["temperature"]["temperature"]
+    targets = np.repeat([0, 1, 2], 3)
+    expected = -log_softmax(logits_in(run / "test") / temperature, axis=1)[np.arange(9), targets].mean()
+    assert content["rows"]["temperature"]["nll"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run, tested):
+    before = (run / "test" / "metrics.json").read_bytes()
+    result = ask(run, "--test_prior", "uniform")
+    assert (run / "test" / "metrics.json").read_bytes() == before
+    shift = logits_in(run / "test_prior_uniform") - logits_in(run / "test")
+    expected = -np.log([8 / 16, 5 / 16, 3 / 16]) - np.log(3)  # log of 1/3 over the training share
+    np.testing.assert_allclose(shift, np.tile(expected, (9, 1)), atol=1e-12)
+    assert result["top1_under_prior"] == pytest.approx(result["balanced_accuracy"], abs=1e-12)
+
+
+def test_unlabelled_images_get_three_classes_and_unreadable_ones_are_named(run, tested, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    (folder / "inner").mkdir(parents=True)
+    source = run.parent / "data" / "test"
+    names = {os.fsdecode(b"caf\xe9.png"): "rare/0", "a.PNG": "common/1", "inner/b.png": "odd, name/2"}
+    for name, image in names.items():
+        (folder / name).write_bytes((source / f"{image}.png").read_bytes())
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("ignored")
+    (folder / "inner" / "again").symlink_to(folder)  # never ends
+    with pytest.raises(SystemExit) as error:
+        ask(run, "--images", folder)
+    assert error.value.code == 1
+    assert str(folder / "broken.jpg") in capsys.readouterr().err
+    rows = {row["file"]: row for row in rows_of(run / "predict" / "photos.csv")}
+    assert list(rows) == sorted([*names, "broken.jpg"])
+    assert set(rows["broken.jpg"].values()) == {"broken.jpg", ""}
+    paths = [row["file"] for row in rows_of(run / "test" / "predictions.csv")]
+    probabilities = softmax(logits_in(run / "test"), axis=1)
+    for name, image in names.items():
+        chances = probabilities[paths.index(f"test/{image}.png")]
+        best = sorted(range(3), key=lambda index: -chances[index])  # noqa: B023
+        columns = [("class", "probability"), ("class_2", "probability_2"), ("class_3", "probability_3")]
+        assert [rows[name][column] for column, _ in columns] == [list(CLASSES)[index] for index in best]
+        found = [float(rows[name][column]) for _, column in columns]
+        assert found == pytest.approx([chances[index] for index in best], abs=2e-6)
+
+
+def test_predictions_under_a_prior_have_a_table_of_their_own(run):
+    result = ask(run, "--images", run.parent / "data" / "test" / "rare", "--test_prior", "train")
+    assert result == {"n": 3, "table": str(run / "predict" / "rare_prior_train.csv")}
+    assert not (run / "predict" / "rare.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--images", "nowhere"], "nowhere is no folder"),
+        (["--images", "{empty}"], "holds no image"),
+        (["--images", "{empty}", "--post_hoc"], "no labels"),
+        (["--post_hoc", "--split", "val"], "another --split"),
+        (["--post_hoc", "--test_prior", "uniform"], "give one"),
+        (["--test_prior", "nowhere.txt"], "nowhere.txt is no file"),
+        (["--predict_with", "arc"], "no such head"),
+    ],
+)
+def test_what_cannot_work_is_refused(run, tmp_path, capsys, flags, words):
+    assert words in refused(capsys, lambda: ask(run, *(flag.format(empty=tmp_path) for flag in flags)))
+
+
+def test_corrections_without_val_images_are_refused(run, tmp_path, capsys):
+    (tmp_path / "test").symlink_to(run.parent / "data" / "test")
+    line = refused(capsys, lambda: ask(run, "--data_dir", tmp_path, "--post_hoc"))
+    assert "has no val images" in line
+
+
+def test_the_nearest_class_mean_without_training_images_is_refused(run, tmp_path, capsys):
+    (tmp_path / "test").symlink_to(run.parent / "data" / "test")
+    line = refused(capsys, lambda: ask(run, "--data_dir", tmp_path, "--predict_with", "ncm"))
+    assert "--predict_with ncm needs training images" in line

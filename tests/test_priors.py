@@ -1,0 +1,94 @@
+"""Priors: what the flags of a run imply, by hand, and files that state one."""
+
+import os
+
+import numpy as np
+import pytest
+
+from engine.errors import Refused
+from engine.options import train_parser
+from engine.priors import model_prior, read_prior
+
+CLASSES, COUNTS = ["common", "house finch", "rare"], [90, 9, 1]
+TRAIN, UNIFORM = [0.9, 0.09, 0.01], [1 / 3] * 3
+CE = ["--add_ldam_loss", "False", "--add_cross_entropy_loss"]
+CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # beta 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "head", "epoch", "expected"),
+    [
+        (CE, "main", 9, TRAIN),
+        (CE, "mean", 9, TRAIN),
+        (CE, "ncm", 9, UNIFORM),
+        ([*CE, "--sampler", "balanced"], "main", 9, UNIFORM),
+        ([*CE, "--sampler", "sqrt"], "main", 9, np.sqrt(COUNTS) / np.sqrt(COUNTS).sum()),
+        ([*CE, "--cross_entropy_weight_type", "icf"], "main", 9, UNIFORM),
+        ([*CE, "--cross_entropy_weight_type", "cbl", "--cbl_beta", "0.9"], "main", 9, CB / CB.sum()),
+        ([*CE, "--cross_entropy_weight_type", "icf", "--drw_epoch", "5"], "main", 4, TRAIN),
+        ([*CE, "--cross_entropy_weight_type", "icf", "--drw_epoch", "5"], "main", 5, UNIFORM),
+        ([*CE, "--drs_epoch", "5"], "main", 4, TRAIN),
+        ([*CE, "--drs_epoch", "5"], "main", 5, UNIFORM),
+        (["--add_cross_entropy_loss", "--ldam_loss_weight", "3"], "main", 9, (3 * np.array(UNIFORM) + TRAIN) / 4),
+        (["--add_ldam_loss", "False", "--add_arc_margin_loss"], "arc", 9, TRAIN),
+    ],
+)
+def test_the_prior_of_a_model_is_what_its_training_implies(flags, head, epoch, expected):
+    args = vars(train_parser().parse_args(["--epochs", "10", *flags]))
+    np.testing.assert_allclose(model_prior(args, COUNTS, head, epoch), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("word", "expected"), [("uniform", UNIFORM), ("train", TRAIN)])
+def test_priors_have_names(word, expected):
+    np.testing.assert_allclose(read_prior(word, CLASSES, COUNTS), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prior.txt", "rare 1\n\nhouse finch  2.5\ncommon 6.5\n"),
+        ("prior.json", '{"rare": 10, "common": 65, "house finch": 25.0}'),
+    ],
+)
+def test_a_file_gives_each_class_a_value_in_any_order(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    np.testing.assert_allclose(read_prior(str(tmp_path / name), CLASSES, COUNTS), [0.65, 0.25, 0.1], rtol=1e-12)
+
+
+def test_a_class_whose_name_is_not_utf8_can_be_named(tmp_path):
+    (tmp_path / "prior").write_bytes(b"caf\xe9 1\ntea 3\n")
+    np.testing.assert_allclose(
+        read_prior(str(tmp_path / "prior"), [os.fsdecode(b"caf\xe9"), "tea"], [1, 1]), [0.25, 0.75]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.txt", "common 1\nrare 1\n", "no value for house finch"),
+        ("a.txt", "common 1\nrare 1\nhouse finch 1\nsparrow 1\n", "'sparrow', which is no class"),
+        ("a.txt", "common 1\nrare 1\nhouse finch 1\nrare 2\n", "'rare' twice"),
+        ("a.txt", "common 1\nrare\n", "line 2"),
+        ("a.txt", "common 1\nrare 0\nhouse finch 1\n", "not a number above 0"),
+        ("a.txt", "common 1\nrare -1\nhouse finch 1\n", "not a number above 0"),
+        ("a.txt", "common 1\nrare nan\nhouse finch 1\n", "not a number above 0"),
+        ("a.txt", "common 1\nrare inf\nhouse finch 1\n", "not a number above 0"),
+        ("a.txt", "", "no value for common, house finch, rare"),
+        ("a.json", '{"common": 1, "rare": "1", "house finch": 1}', "not a number above 0"),
+        ("a.json", '{"common": 1, "rare": true, "house finch": 1}', "not a number above 0"),
+        ("a.json", '{"common": 1, "rare": 1, "rare": 2, "house finch": 1}', "'rare' twice"),
+        ("a.json", "[1, 2, 3]", "no JSON object"),
+        ("a.json", "{", "is not JSON"),
+    ],
+)
+def test_a_file_that_states_no_prior_is_refused_in_one_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(Refused) as error:
+        read_prior(str(tmp_path / name), CLASSES, COUNTS)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(Refused, match="uniform, or train"):
+        read_prior(str(tmp_path / "none.txt"), CLASSES, COUNTS)
