@@ -40,7 +40,7 @@ NO_PERCENTAGE = ("nll", "brier")
 ELSEWHERE = ("flags", "classes", "class_counts", "readable_names", "synthetic_counts", "objective", "versions")
 MATRIX_CLASSES = 100  # more are not drawn: the cells would be smaller than a pixel on a phone
 LABELLED_CLASSES = 30  # with names below the bars
-PAIRS, PAIR_IMAGES, MISTAKES = 12, 4, 24
+PAIRS, PAIR_IMAGES, MISTAKES = 12, 4, 21
 THUMBNAIL = 128  # pixels of the longer side, at most
 
 
