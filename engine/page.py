@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 
 from data.images import read_image
+from engine.curves import accuracy_curve, loss_curve
 from engine.errors import Refused
 from engine.files import write_atomically
 from engine.flags import command_line
@@ -71,6 +72,7 @@ def write_page(
     """
     rows = class_rows(predictions, record, groups)
     order = [row["index"] for row in rows]
+    largest = max(row["train"] for row in rows)
     confusion = confusion_matrix(predictions.targets, predictions.predicted, len(order))[order][:, order]
     defaults = plain_flags(train_parser().parse_args([]))
     page = template().render(
@@ -82,7 +84,7 @@ def write_page(
         rows=rows,
         num_synthetic=sum(row["synthetic"] for row in rows),
         labelled=len(rows) <= LABELLED_CLASSES,
-        count_ticks=[(count_height(10**power, rows), f"{10**power:,}") for power in range(7)],
+        count_ticks=[(count_height(count, largest), f"{count:,}") for count in 10 ** np.arange(7) if count <= largest],
         cells=list(matrix_cells(confusion)) if len(rows) <= MATRIX_CLASSES else [],
         pairs=pairs(predictions, record["readable_names"]),
         mistakes=mistakes(predictions, record["readable_names"]),
@@ -140,15 +142,15 @@ def class_rows(predictions: Predictions, record: dict, groups: dict[str, np.ndar
                 "times": int(wrong[index].max()),
             }
         )
+    largest = max(row["train"] for row in rows)
     for row in rows:
-        row["height"] = count_height(row["train"], rows)
-        row["real_height"] = count_height(row["train"] - row["synthetic"], rows)
+        row["height"] = count_height(row["train"], largest)
+        row["real_height"] = count_height(row["train"] - row["synthetic"], largest)
     return rows
 
 
-def count_height(count: int, rows: list[dict]) -> float:
+def count_height(count: int, largest: int) -> float:
     """Per cent of the chart's height, on a logarithmic axis from 0.7 images to the largest class."""
-    largest = max(2, *(row["train"] for row in rows))
     return 100 * math.log(max(count, 0.7) / 0.7) / math.log(largest / 0.7)
 
 
@@ -231,73 +233,12 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def reliability(predictions: Predictions) -> list[dict]:
     """The bins of confidence that hold images."""
-    bins = zip(
-        *calibration_bins(predictions.confidence, predictions.targets == predictions.predicted),
-        strict=True,
-    )
+    bins = calibration_bins(predictions.confidence, predictions.targets == predictions.predicted)
     return [
         {"bin": index, "rows": int(rows), "confidence": float(confidence), "accuracy": float(accuracy)}
-        for index, (rows, confidence, accuracy) in enumerate(bins)
+        for index, (rows, confidence, accuracy) in enumerate(zip(*bins, strict=True))
         if rows
     ]
-
-
-class Curve(NamedTuple):
-    """A line over the epochs; positions in per cent of the plot, ticks as (position, text)."""
-
-    title: str
-    points: list[tuple[float, float]]
-    epochs: list[int]
-    values: list[str]  # for people
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-
-
-def loss_curve(log: list[dict]) -> Curve | None:
-    """Training loss, on a logarithmic axis when it falls by more than a factor of 20."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    values = logged(log, "train_loss")
-    if not values:
-        return None
-    low, high = min(values.values()), max(values.values())
-    if low > 0 and high / low > 20:
-        span = math.log(high / low)
-        ticks = [(100 * math.log(t / low) / span, t) for t in LogLocator(numticks=5).tick_values(low, high)]
-        heights = [100 * math.log(value / low) / span for value in values.values()]
-        title = "Training loss, logarithmic"
-    else:
-        low, high = min(low, 0.0), max(high, 0.0) or 1.0
-        ticks = [(100 * (t - low) / (high - low), t) for t in MaxNLocator(4).tick_values(low, high)]
-        heights = [100 * (value - low) / (high - low) for value in values.values()]
-        title = "Training loss"
-    ticks = [(at, f"{value:g}") for at, value in ticks if -0.01 <= at <= 100.01]
-    return curve(title, list(values), heights, [f"{value:.4g}" for value in values.values()], ticks)
-
-
-def accuracy_curve(log: list[dict]) -> Curve | None:
-    values = logged(log, "val_balanced_accuracy")
-    if not values:
-        return None
-    heights = [100 * value for value in values.values()]
-    texts = [f"{height:.1f}\N{NO-BREAK SPACE}%" for height in heights]
-    ticks = [(at, f"{at}\N{NO-BREAK SPACE}%") for at in (0, 25, 50, 75, 100)]
-    return curve("Balanced accuracy on val", list(values), heights, texts, ticks)
-
-
-def logged(log: list[dict], key: str) -> dict[int, float]:
-    """Finite values of ``key`` by epoch."""
-    return {row["epoch"]: row[key] for row in log if math.isfinite(row.get(key, math.nan))}
-
-
-def curve(title: str, epochs: list[int], heights: list[float], values: list[str], y_ticks: list) -> Curve:
-    from matplotlib.ticker import MaxNLocator
-
-    first, last = epochs[0], epochs[-1]
-    places = [100 * (epoch - first) / max(last - first, 1) for epoch in epochs]
-    ticks = MaxNLocator(5, integer=True).tick_values(first, last) if last > first else [first]
-    x_ticks = [(100 * (tick - first) / max(last - first, 1), f"{tick:g}") for tick in ticks if first <= tick <= last]
-    return Curve(title, list(zip(places, heights, strict=True)), epochs, values, x_ticks, y_ticks)
 
 
 def about(result: dict, record: dict) -> dict[str, str]:
