@@ -11,6 +11,7 @@ from data.folders import split_hash
 from engine import distributed, metrics, post_hoc, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
+from engine.flags import command_line
 from engine.options import check_evaluation_flags, evaluation_parser
 from engine.predictor import Predictor
 from engine.record import synthetic_use
@@ -69,9 +70,9 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
 
     folder = run / f"{args.split}{predictor.suffix()}"
     if distributed.is_main():
-        report.write_report(
-            folder, result, logits, folders, record, shot_groups, features if args.plot_features else None
-        )
+        command = command_line("imagenet_lt_test.py", vars(args), vars(parse_args([])))
+        shown = features if args.plot_features else None
+        report.write_report(folder, result, logits, folders, record, shot_groups, command, shown)
     say(report.table(result))
     if args.post_hoc:
         test = post_hoc.Labelled(logits, targets)

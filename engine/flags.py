@@ -82,3 +82,15 @@ def number_in(low: float, high: float = float("inf"), kind: type = float, open_l
 
     convert.__name__ = kind.__name__  # argparse names it in "invalid float value"
     return convert
+
+
+def command_line(script: str, flags: dict, defaults: dict) -> str:
+    """The shell command that gives ``script`` these flags; those at their defaults, or None, are left out."""
+    words = ["python", script]
+    for flag, value in flags.items():
+        if value is None or value == defaults.get(flag):
+            continue
+        texts = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+        joined = len(texts) == 1 and texts[0][:1] in ("-", "@")  # would be read as a flag, or as a file of flags
+        words += [f"--{flag}={texts[0]}"] if joined else [f"--{flag}", *texts]
+    return shlex.join(words)

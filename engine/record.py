@@ -1,8 +1,9 @@
-"""What a run says of itself: args.json and the lines at its start."""
+"""What a run says of itself: args.json, log.jsonl and the lines at its start."""
 
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import subprocess
@@ -100,6 +101,22 @@ def training_images(record: dict) -> int:
     """All that an epoch goes through, real and synthetic."""
     uncounted = 0 if record["flags"]["count_synthetic"] else sum(record.get("synthetic_counts", []))
     return sum(record["class_counts"]) + uncounted
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of log.jsonl; a last one that was only half written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["epoch"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise Refused(f"{path}, line {number}, is no row of a log; mend or remove the line") from None
+            return rows[: number - 1]
+    return rows
 
 
 def code_commit() -> str | None:

@@ -11,6 +11,8 @@ from scipy.special import softmax
 from data.folders import ImageFolders
 from engine.files import write_atomically, write_json
 from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class
+from engine.page import Predictions, write_page
+from engine.record import read_log
 
 REPORT_FILES = (
     "metrics.json",
@@ -22,6 +24,7 @@ REPORT_FILES = (
     "reliability.png",
     "features.png",  # when asked for
     "post_hoc.json",  # when asked for
+    "report.html",
 )
 GROUP_COLOURS = {"many": "#1b6ca8", "medium": "#e0a100", "few": "#c8402f"}
 PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
@@ -36,9 +39,11 @@ def write_report(
     folders: ImageFolders,
     record: dict,
     groups: dict[str, np.ndarray],
+    command: str,
     features: np.ndarray | None = None,
 ) -> None:
-    """All files of a test into ``folder``: `REPORT_FILES`, features.png where ``features`` [N, D] are given."""
+    """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`, features.png where ``features``
+    [N, D] are given. ``command`` is the one that tests like this."""
     folder.mkdir(parents=True, exist_ok=True)
     paths, targets = folders.splits[result["split"]]
     targets, classes, counts = np.array(targets), record["classes"], record["class_counts"]
@@ -57,6 +62,10 @@ def write_report(
     plot_reliability(folder / "reliability.png", probabilities.max(axis=1), predicted == targets)
     if features is not None:
         plot_features(folder / "features.png", features, targets, predicted, names, counts, groups)
+    page = folder / "report.html"
+    predictions = Predictions(paths, files, targets, predicted, probabilities.max(axis=1))
+    feature_map = None if features is None else folder / "features.png"
+    write_page(page, result, predictions, record, groups, read_log(folder.parent), command, feature_map)
     write_json(folder / "metrics.json", result)
 
 

@@ -18,7 +18,7 @@ from data.loaders import Pixels
 from engine import distributed, files
 from engine.console import say
 from engine.errors import Failed, Refused
-from engine.record import plain_flags, read_record
+from engine.record import plain_flags, read_log, read_record
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss
@@ -165,22 +165,6 @@ class RunFolder:
             f"{len(report['files'])} images are listed in {self.path / 'nonfinite.json'} and the state before it is "
             f"saved; try a lower --lr, or --clip_grad_norm"
         )
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The rows of log.jsonl; a last one that was only half written is left out."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["epoch"]
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise Refused(f"{path}, line {number}, is no row of a log; mend or remove the line") from None
-            return rows[: number - 1]
-    return rows
 
 
 def summary_line(row: dict, is_best: bool) -> str:
