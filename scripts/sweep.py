@@ -216,7 +216,7 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
         if in_use(run.folder):
             say(f"{run.name} waits for another process that trains in {run.folder}")
         while in_use(run.folder) and not received:
-            time.sleep(1)
+            time.sleep(0.2)
         for command in run.commands:
             if received:
                 return None
