@@ -1,15 +1,5 @@
 __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parents[1]))
-"""Train and test every setting of an ablation with every seed; the ablate_*.sh beside it hold the settings.
-
-    bash scripts/ablate_synergy.sh data/digits --seeds 0 1 2 -- --arch resnet32 --epochs 30 --lr 0.05
-    JOBS=2 bash scripts/ablate_synergy.sh ...      # two runs at a time, half of the cores each
-    bash scripts/ablate_synergy.sh ... --list      # only print the commands, a run a line; --line 3 runs the third
-
-What follows -- goes to imagenet_lt_train.py. Run folders lie in checkpoint/<sweep>_<data>_<these flags>/, events for
-TensorBoard in log/ likewise, what a run prints in <run>.txt, the comparison in comparison/. Run again, whatever stopped
-it, the same command skips what is done and goes on with the rest. A run that fails is named, the others go on, and the
-exit code is 1. Ctrl-C lets the runs save and stops.
-"""
+"""Train and test every setting of an ablation with every seed; the ablate_*.sh beside it hold the settings."""
 
 import argparse
 import contextlib
@@ -39,8 +29,21 @@ from engine.options import train_parser
 from engine.run import MAY_CHANGE, RunFolder
 from scripts import compare_runs
 
+ABOUT = """Train and test every setting of an ablation with every seed, and compare them.
+
+    bash scripts/{sweep}.sh data/digits --seeds 0 1 2 -- --arch resnet32 --epochs 30 --lr 0.05
+    JOBS=2 bash scripts/{sweep}.sh ...      # two runs at a time, half of the cores each
+    bash scripts/{sweep}.sh ... --list      # only print the commands, a run a line; --line 3 runs the third
+
+What follows -- goes to imagenet_lt_train.py. Run folders lie in checkpoint/<sweep>_<data>_<these flags>/, events for
+TensorBoard in log/ likewise, what a run prints in <run>.txt, the comparison in comparison/. Run again, whatever stopped
+it, the same command skips what is done and goes on with the rest. A run that fails is named, the others go on, and the
+exit code is 1. Ctrl-C lets the runs save and stops.
+
+Settings, with what they give imagenet_lt_train.py; {{0.8}} is that share of the epochs, {{0.8-1}} the epoch before:
+{settings}"""
 OURS = {"data_dir", "seed", "run_name", "resume", "overwrite"}  # flags of the train script that the sweep gives
-SHARE = re.compile(r"\{(0?\.\d+)(-1)?\}")  # in a setting, {0.8}: that share of the epochs; {0.8-1}: the epoch before
+SHARE = re.compile(r"\{(0?\.\d+)(-1)?\}")  # of the epochs, in a setting
 LONGEST_NAME = 150
 
 
@@ -54,7 +57,7 @@ class Run(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sweep, settings, *words = sys.argv[1:] if argv is None else argv
     own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = Parser(f"{__doc__}\nsettings:\n{settings}")
+    parser = Parser(ABOUT.format(sweep=sweep, settings=settings))
     parser.prog, parser.usage = f"bash scripts/{sweep}.sh", "%(prog)s DATA [flags of the sweep] [-- flags of the runs]"
     parser.formatter_class = type("Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
     add, positive = parser.add_argument, number_in(1, kind=int)
@@ -216,7 +219,7 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
         if in_use(run.folder):
             say(f"{run.name} waits for another process that trains in {run.folder}")
         while in_use(run.folder) and not received:
-            time.sleep(1)
+            time.sleep(0.2)
         for command in run.commands:
             if received:
                 return None

@@ -83,6 +83,16 @@ def test_every_command_of_a_sweep_is_one_that_the_scripts_read(tmp_path, tiny_da
     assert len(folders) == len(settings) == len(lines) == 2 * SWEEPS[name]
 
 
+def test_help_says_how_to_call_it_and_what_it_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        sweep.parse_args(words_of(tmp_path / "bin", "scripts/ablate_weighting.sh", "--help"))
+    assert error.value.code == 0
+    text = capsys.readouterr().out
+    assert "bash scripts/ablate_weighting.sh data/digits --seeds 0 1 2 -- --arch resnet32" in text
+    assert "drw_icf    --add_rsg False --ldam_weight_type icf --drw_epoch {0.8}" in text
+    assert "None\n" not in text.split("positional")[0]
+
+
 def args_of(runs: list[sweep.Run]) -> dict:
     """What each run is told, by its setting."""
     return {run.name.removesuffix("_seed0"): imagenet_lt_train.parse_args(run.commands[0][2:]) for run in runs}
