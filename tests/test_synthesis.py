@@ -206,15 +206,15 @@ def test_every_image_has_a_seed_of_its_own_and_the_starts_take_turns(tiny_datase
 
 def test_the_whole_path_with_a_kill_in_the_middle(tiny_dataset, flags, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tiny_dataset.rglob("*")}
-    synthesize(flags, "--target", "24", "--dry_run")
+    synthesize(flags, "--target", "16", "--dry_run")
     out = capsys.readouterr().out
     assert "no readable name for 3 classes (common, medium, rare)" in out
-    assert "56 synthetic images are wanted" in out  # 16 + 19 + 21
+    assert "32 synthetic images are wanted" in out  # 8 + 11 + 13
     assert "s an image on cpu, measured on one batch" in out
     assert {path: path.stat().st_mtime_ns for path in tiny_dataset.rglob("*")} == before
 
     killed = tiny_dataset / "synthetic"
-    command = [sys.executable, "scripts/synthesize_tail.py", *flags, "--target", "24"]
+    command = [sys.executable, "scripts/synthesize_tail.py", *flags, "--target", "16"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -225,19 +225,19 @@ def test_the_whole_path_with_a_kill_in_the_middle(tiny_dataset, flags, tmp_path,
         time.sleep(0.02)
     assert process.wait() == -signal.SIGKILL
     done = rows_in(killed)
-    assert 5 < len(done) < 56
+    assert 5 < len(done) < 32
     first_images = {name: (killed / name).stat().st_mtime_ns for name in (row["file"] for row in done)}
     with (killed / "manifest.jsonl").open("a") as file:
         file.write('{"class": "medium", "ind')  # as a kill in the middle of a line leaves it
-    synthesize(flags, "--target", "24")
+    synthesize(flags, "--target", "16")
     assert all((killed / name).stat().st_mtime_ns == first_images[name] for name in first_images)  # not drawn again
 
     whole = tmp_path / "whole"
-    synthesize(flags, "--target", "24", "--output", str(whole))
+    synthesize(flags, "--target", "16", "--output", str(whole))
     assert images_in(killed) == images_in(whole)
     rows = rows_in(killed)
     assert rows == rows_in(whole)
-    assert Counter(row["class"] for row in rows) == {"common": 16, "medium": 19, "rare": 21}
+    assert Counter(row["class"] for row in rows) == {"common": 8, "medium": 11, "rare": 13}
     assert len({row["file"] for row in rows}) == len(rows) == len(images_in(killed))
     for row in rows:
         assert row["kept"] is True
@@ -250,17 +250,17 @@ def test_the_whole_path_with_a_kill_in_the_middle(tiny_dataset, flags, tmp_path,
 
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in whole.glob("*/*.png")}
-    synthesize(flags, "--target", "24", "--output", str(whole))  # nothing is left to do
+    synthesize(flags, "--target", "16", "--output", str(whole))  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in whole.glob("*/*.png")} == before
-    assert "kept 56 of 56 images" in capsys.readouterr().out
+    assert "kept 32 of 32 images" in capsys.readouterr().out
 
-    run = train(tiny_dataset, tmp_path / "runs", "--synthetic_weight", "0.5", "--max_steps", "3")
-    assert "56 images of 3 classes, 77.8% of the images to train on; weight 0.5" in capsys.readouterr().out
+    run = train(tiny_dataset, tmp_path / "runs", "--synthetic_weight", "0.5", "--max_steps", "1")
+    assert "32 images of 3 classes, 66.7% of the images to train on; weight 0.5" in capsys.readouterr().out
     result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run)]))
-    assert result["synthetic"] == {"images": 56, "share": 56 / 72, "weight": 0.5}
-    assert "trained with 56 synthetic images, 77.8% of all, of weight 0.5" in capsys.readouterr().out
+    assert result["synthetic"] == {"images": 32, "share": 32 / 48, "weight": 0.5}
+    assert "trained with 32 synthetic images, 66.7% of all, of weight 0.5" in capsys.readouterr().out
     table = list(csv.DictReader((run / "test" / "per_class.csv").open()))
-    assert [(row["train_images"], row["synthetic_images"]) for row in table] == [("8", "16"), ("5", "19"), ("3", "21")]
+    assert [(row["train_images"], row["synthetic_images"]) for row in table] == [("8", "8"), ("5", "11"), ("3", "13")]
 
 
 def test_the_size_of_the_batch_moves_images_by_two_grey_levels_at_most(tiny_dataset, stable_diffusion):
