@@ -171,12 +171,16 @@ def test_a_batch_that_is_augmented_in_parts_is_the_whole_one(tiny_dataset, monke
     folders = read_image_folders(tiny_dataset, None)
     loader = TrainingLoader(folders.splits["train"], Pixels(72), batch_size=8, seed=0, device=CPU)
     images, draws = torch.randint(256, (5, 3, 72, 72), dtype=torch.uint8), torch.rand(5, len(DRAWS))
-    whole = loader.augmented(images, draws)
+    whole = loader.coloured(images, draws)
     monkeypatch.setattr(loaders, "IN_CACHE", 2 * 12 * 72**2)
     parts = []
-    monkeypatch.setattr(loader, "_augmented", lambda *part, call=loader._augmented: parts.append(1) or call(*part))
-    assert torch.equal(loader.augmented(images, draws), whole)
-    assert len(parts) == 3
+
+    def coloured(images, draws):
+        parts.append(len(images))
+        return loader.coloured(images, draws)
+
+    assert torch.equal(loader.in_parts(coloured, images, draws), whole)
+    assert parts == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
