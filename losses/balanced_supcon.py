@@ -3,6 +3,7 @@ from torch import Tensor, nn
 
 from engine.distributed import gather_rows, mean_over_processes
 from engine.numerics import in_float32, inverse_norm
+from losses.supcon import view_by_view
 
 
 class BalancedSupConLoss(nn.Module):
@@ -30,10 +31,7 @@ class BalancedSupConLoss(nn.Module):
         num_anchors: int | None = None,
         row_weights: Tensor | None = None,
     ) -> Tensor:
-        if features.dim() == 3:  # [B, V, D] -> [V * B, D], view by view
-            targets = targets.repeat(features.shape[1])
-            row_weights = None if row_weights is None else row_weights.repeat(features.shape[1])
-            features = features.transpose(0, 1).flatten(0, 1)
+        features, targets, row_weights = view_by_view(features, targets, row_weights)
         rows, prototypes = features * inverse_norm(features), prototypes.to(features.dtype)
         anchors, anchor_targets = rows[:num_anchors], targets[:num_anchors]
         classes = torch.arange(len(prototypes), device=targets.device)

@@ -26,10 +26,7 @@ class SupConLoss(nn.Module):
         num_anchors: int | None = None,
         row_weights: Tensor | None = None,
     ) -> Tensor:
-        if features.dim() == 3:  # [B, V, D] -> [V * B, D], view by view
-            targets = targets.repeat(features.shape[1])
-            row_weights = None if row_weights is None else row_weights.repeat(features.shape[1])
-            features = features.transpose(0, 1).flatten(0, 1)
+        features, targets, row_weights = view_by_view(features, targets, row_weights)
         rows = features * inverse_norm(features)
         anchors, anchor_targets = rows[:num_anchors], targets[:num_anchors]
         rows, targets = gather_rows(rows), gather_rows(targets)  # this process's rows stay the first
@@ -45,3 +42,12 @@ class SupConLoss(nn.Module):
             weights = row_weights[:num_anchors] * (num_positives > 0)
             return mean_over_processes((weights * loss).sum(), weights.sum())
         return mean_over_processes(loss.sum(), (num_positives > 0).sum())
+
+
+def view_by_view(features: Tensor, targets: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Features [B, V, D] to [V * B, D], with targets and weights to match; features [B, D] stay as they are."""
+    if features.dim() == 2:
+        return features, targets, row_weights
+    views = features.shape[1]
+    row_weights = None if row_weights is None else row_weights.repeat(views)
+    return features.transpose(0, 1).flatten(0, 1), targets.repeat(views), row_weights
