@@ -16,6 +16,7 @@ from engine import distributed
 from engine.console import warn
 from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
+from engine.hardware import num_cores
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -175,5 +176,4 @@ def build_evaluation_loader(
 
 
 def _workers(args: argparse.Namespace) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(args.workers, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -52,10 +52,10 @@ class Pixels(NamedTuple):
     def __call__(self, image: Image.Image) -> Tensor:
         """What evaluation feeds the model for an RGB image: float [3, S, S], normalised."""
         view = np.array(transforms.fixed_view(image, self.size))
-        return self.normalized(torch.from_numpy(view).permute(2, 0, 1) / 255)
+        return self.normalized_(torch.from_numpy(view).permute(2, 0, 1) / 255)
 
-    def normalized(self, images: Tensor) -> Tensor:
-        return transforms.normalized(images, self.mean, self.std)
+    def normalized_(self, images: Tensor) -> Tensor:
+        return transforms.normalized_(images, self.mean, self.std)
 
 
 class TrainingLoader:
@@ -164,10 +164,10 @@ class TrainingLoader:
         """uint8 images to what the model is fed."""
         images = images / 255
         if not self.small:
-            images = transforms.colour_jitter(images, draws)
+            images = transforms.colour_jitter_(images, draws)
         if "cutout" in self.augment:
             images = transforms.cutout(images, draws)
-        return self.pixels.normalized(images)
+        return self.pixels.normalized_(images)
 
     def with_mixing(self, batches: Iterator[Batch], epoch: int, first_batch: int) -> Iterator[Batch]:
         mixings = epoch_mixings(len(self), self.seed, epoch, self.mixup, self.cutmix, self.pixels.size)
@@ -208,7 +208,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         keys = [list(range(start, stop)) for start, stop in self.bounds]
         for images, batch in zip(self.source.read(keys), keys, strict=True):
-            images = self.pixels.normalized(images.to(self.device, non_blocking=True) / 255)
+            images = self.pixels.normalized_(images.to(self.device, non_blocking=True) / 255)
             indices = torch.tensor([self.own[i] for i in batch], dtype=torch.long)
             yield Batch(images, self.targets[indices].to(self.device), indices)
 
@@ -292,8 +292,9 @@ class DecodedImages:
         np.concatenate([array.ravel() for array in arrays], out=self.block.numpy())
 
     def __getitem__(self, index: int) -> Image.Image:
-        shape, end = self.shapes[index].tolist(), int(self.ends[index])
-        return Image.fromarray(self.block[end - int(np.prod(shape)) : end].view(shape).numpy())
+        (height, width, _), end = self.shapes[index].tolist(), int(self.ends[index])
+        pixels = self.block[end - 3 * height * width : end].numpy()
+        return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)  # which copies nothing
 
 
 class _GivenBatches:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import Refused
+from engine.hardware import keep_freed_memory
 
 
 def start(device_name: str) -> torch.device:
@@ -20,6 +21,8 @@ def start(device_name: str) -> torch.device:
         mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
         device_name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise Refused("--device mps: this machine has none; try --device auto")
     if device.type == "cuda":

@@ -63,12 +63,7 @@ def evaluation_parser(description: str = "") -> Parser:
     parser = Parser(description)
     add_question_flags(parser)
     add_report_flags(parser)
-    group = parser.add_argument_group("computation")
-    group.add_argument("-b", "--batch_size", type=number_in(1, kind=int), default=64, help="images")
-    group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
-    group.add_argument("--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="decoded images")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
+    add_computation_flags(parser)
     return parser
 
 
@@ -113,6 +108,15 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
         group, "--post_hoc", False, "compare corrections fitted on val/: logit adjustment, tau-norm, temperature"
     )
     add_switch(group, "--plot_features", False, "draw the features in two dimensions, which takes a minute")
+
+
+def add_computation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computation")
+    group.add_argument("-b", "--batch_size", type=number_in(1, kind=int), default=64, help="images")
+    group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
+    group.add_argument("--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="decoded images")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
 
 
 def check_evaluation_flags(args: argparse.Namespace) -> None:

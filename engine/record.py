@@ -16,6 +16,7 @@ from data.loaders import Pixels
 from engine import files
 from engine.errors import Refused
 from engine.flags import resolved_epoch
+from engine.hardware import hardware
 from engine.optim import center_lr_limit
 from engine.options import train_parser
 from losses import build_objective
@@ -65,6 +66,7 @@ def new_record(
         "channels_last": channels_last,
         "compiled": args.compile,
         "device": str(next(model.parameters()).device),
+        "hardware": hardware(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "center_lr_limit": limit if args.add_rsg and math.isfinite(limit) else None,

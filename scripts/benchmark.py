@@ -10,12 +10,12 @@ Both sides of a ratio run in turn in one process (memory, startup and scaling: i
 Let nothing else run meanwhile.
 """
 
-import os
 from pathlib import Path
 
 from engine import distributed, files
 from engine.errors import one_line_errors
 from engine.flags import Parser, add_switch, number_in
+from engine.hardware import num_cores
 from engine.numerics import AMP, CHANNELS_LAST
 from scripts.benchmarks.heads import head_rows
 from scripts.benchmarks.inputs import epoch_rows, evaluation_rows, input_rows
@@ -54,9 +54,8 @@ def parse_args(argv: list[str] | None = None):
 @one_line_errors
 def main(args) -> dict:
     """Print the table as it grows; returns the content of ``--json``."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = distributed.start(args.device)
-    bench = Bench(device, args.repeats, cores, args.quick, args.amp, args.channels_last, args.compile)
+    bench = Bench(device, args.repeats, num_cores(), args.quick, args.amp, args.channels_last, args.compile)
     about = hardware(bench) | {"repeats": args.repeats, "quick": args.quick, "amp": args.amp}
     about |= {"channels_last": args.channels_last, "compile": args.compile}
     print(", ".join(f"{key} {value}" for key, value in about.items()))

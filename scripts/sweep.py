@@ -25,6 +25,7 @@ from engine.compare import what_is_missing
 from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
 from engine.flags import Parser, number_in
+from engine.hardware import num_cores
 from engine.options import train_parser
 from engine.run import MAY_CHANGE, RunFolder
 from scripts import compare_runs
@@ -87,8 +88,7 @@ def main(args: argparse.Namespace) -> None:
     for run in runs:
         check_folder(run)
     to_do = [run for run in runs if not is_done(run)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // args.jobs))} if args.jobs > 1 else {}
+    threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // args.jobs))} if args.jobs > 1 else {}
     say(f"{len(runs)} runs in {root_model}, {len(runs) - len(to_do)} of them done; {args.jobs} at a time")
     logs = None if args.line else root_model
     failures = run_all(to_do, args.jobs, threads | os.environ, logs)
@@ -112,7 +112,8 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     extra = parsed("the flags after --", ["--data_dir", str(args.data_dir), *args.extra])
     given = given_flags(args.extra)
     for name, flags in {"the sweep": [], **args.settings}.items():
-        taken = sorted(given & (OURS if name == "the sweep" else given_flags(with_epochs(flags, extra.epochs))))
+        own = with_epochs(beside_recipe(flags)[1], extra.epochs)
+        taken = sorted(given & (OURS if name == "the sweep" else given_flags(own)))
         if taken:
             raise Refused(f"--{taken[0]} is not for the flags after --: {name} sets it")
     folders = read_image_folders(args.data_dir, extra.list_dir)
@@ -131,7 +132,9 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     ]
     runs = []
     for setting, flags in args.settings.items():
-        own = [*fixed, *with_epochs(flags, extra.epochs)]
+        recipe, flags = beside_recipe(flags)
+        told = parsed(f"setting {setting}", [*recipe, *fixed])
+        own = [*recipe, *fixed, *with_epochs(flags, told.epochs)]
         parsed(f"setting {setting}", own)
         for seed in args.seeds:
             name = f"{setting}_seed{seed}"
@@ -140,6 +143,11 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
             scripts = (["imagenet_lt_train.py", *train], ["imagenet_lt_test.py", *test])
             runs.append(Run(name, root_model / name, [[sys.executable, *script] for script in scripts]))
     return root_model, runs
+
+
+def beside_recipe(flags: list[str]) -> tuple[list[str], list[str]]:
+    """A setting's ``@file``, which the flags after ``--`` override, and its other flags, which they may not."""
+    return [flag for flag in flags if flag.startswith("@")], [flag for flag in flags if not flag.startswith("@")]
 
 
 def parsed(what: str, flags: list[str]) -> argparse.Namespace:

@@ -2,16 +2,15 @@
 machine."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from engine.hardware import cpu_name
 from engine.numerics import has_native_bfloat16
 
 LEAST_SECONDS = 0.2  # what is faster is called several times for one measurement
@@ -100,12 +99,9 @@ def median_ms(seconds: list[float]) -> float:
 
 def hardware(bench: Bench) -> dict[str, object]:
     """The machine and the software, as far as figures depend on them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": bench.cores,
         "gpu": gpu,
         "torch": torch.__version__,

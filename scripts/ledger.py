@@ -1,0 +1,204 @@
+__import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolve().parents[1]))
+"""Add finished and tested runs of the recipes to docs/ledger.jsonl, a run a line, and write docs/ledger.md from it.
+
+    bash scripts/reproduce_ledger.sh data/CIFAR10 --seeds 0 1 2     # trains, tests, and calls this
+    python scripts/ledger.py checkpoint/ledger_CIFAR10              # adds what these folders hold
+    python scripts/ledger.py                                        # only writes the page again
+
+A run belongs to the row that its folder is named after (cifar_rsg_seed0). A run that the ledger holds already, by
+command, images, hardware and versions, is replaced.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import imagenet_lt_train
+from engine.compare import Run, read_run, what_is_missing
+from engine.console import say, warn
+from engine.errors import Refused, one_line_errors
+from engine.files import write_atomically
+from engine.flags import Parser, command_line
+from engine.run import MAY_CHANGE
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+ACCURACIES = ("balanced_accuracy", "many", "medium", "few")
+SAME_RUN = ("row", "data", "split", "command", "hardware", "precision", "torch")
+
+
+class Row(NamedTuple):
+    """What a row of the page is about."""
+
+    what: str
+    recipe: str = ""  # the file's name; default: the row's
+    published: str = ""  # per cent and source
+
+
+CIFAR10 = {
+    "cifar_ce": Row("cross-entropy", "", "70.4, Cao et al., 2019"),
+    "cifar_ldam_drw": Row("LDAM-DRW", "", "77.0, Cao et al., 2019"),
+    "cifar_rsg": Row("LDAM-DRW-RSG", "", "80.0, Wang et al., 2021"),
+    "cifar_mixup_drw": Row("mixup, DRW", "", "82.1, imbalanced-DL's README"),
+    "cifar_best": Row("logit-adjusted CE, balanced SupCon, AutoAugment", "", "85.9, ProCo's README, best of this size"),
+    "cifar_best_x4": Row("the same, four times wider", "", "89.6, GLMC's README, best of this size"),
+}
+CIFAR100 = {
+    "cifar_ce": Row("cross-entropy", "", "38.3, Cao et al., 2019"),
+    "cifar_ldam_drw": Row("LDAM-DRW", "", "42.0, Cao et al., 2019"),
+    "cifar_rsg": Row("LDAM-DRW-RSG", "", "44.5, Wang et al., 2021"),
+    "cifar_mixup_drw": Row("mixup, DRW", "", "46.9, imbalanced-DL's README, 300 epochs"),
+    "cifar_best": Row("logit-adjusted CE, balanced SupCon, AutoAugment", "", "52.8, ProCo's README, best of this size"),
+    "cifar_best_x4": Row("the same, four times wider", "", "58.4, GLMC's README, best of this size"),
+}
+ANY_FOLDER = {
+    "any_folder_ce": Row("cross-entropy, all else as any_folder", "any_folder"),
+    "any_folder": Row("logit-adjusted CE on NormedLinear"),
+}
+PAGE_ROWS = {  # name of the data's folder: its rows; any other folder has those of ANY_FOLDER
+    "CIFAR10": CIFAR10 | ANY_FOLDER,
+    "CIFAR100": CIFAR100 | ANY_FOLDER,
+    "digits": ANY_FOLDER,
+    "mini-ImageNet": {"original": Row("LDAM, SupCon, RSG"), "mini_imagenet": Row("logit-adjusted CE")} | ANY_FOLDER,
+}
+
+ABOUT = """# Ledger of measured recipes
+
+Written by `scripts/ledger.py` from the runs in ledger.jsonl; `bash scripts/reproduce_ledger.sh` makes them. Accuracies
+are balanced test accuracies in per cent of the last epoch, mean ± sample standard deviation over n seeds; "chosen" is
+the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
+to 100, fewer than 20 training images. Published figures are of ResNet-32 after 200 epochs at imbalance 100, last epoch,
+judged on the test set, on the original images and other draws of the tail; ours, where the split is 8403d703aeea, are
+on images that were re-encoded as JPEG. Fewer epochs than the recipe's are the first reason of a gap."""
+HEADER = [
+    "| row | what | published | last epoch | chosen | many / medium / few | epochs | n |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser("Add runs to docs/ledger.jsonl and write docs/ledger.md.")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of runs, or of a sweep")
+    parser.add_argument("--output", type=Path, default=DOCS, metavar="DIR", help="where ledger.jsonl and .md lie")
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    path = args.output / "ledger.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    held = {tuple(entry[key] for key in SAME_RUN): entry for entry in entries}
+    for folder in [
+        run for each in args.folders for run in sorted({each, *(p.parent for p in each.glob("*/args.json"))})
+    ]:
+        if not (folder / "args.json").is_file():
+            continue
+        if missing := what_is_missing(folder):
+            warn(f"{folder} is {missing}: it is not added")
+            continue
+        entry = entry_of(read_run(folder))
+        held[tuple(entry[key] for key in SAME_RUN)] = entry
+    entries = sorted(held.values(), key=lambda entry: [str(entry[key]) for key in SAME_RUN])
+    lines = "".join(f"{json.dumps(entry)}\n" for entry in entries)
+    write_atomically(path, lambda file: file.write(lines.encode()))
+    write_atomically(args.output / "ledger.md", lambda file: file.write(page(entries).encode()))
+    say(f"{len(entries)} runs in {path}")
+
+
+def entry_of(run: Run) -> dict:
+    """The ledger's line of a run."""
+    record, flags = run.record, run.record["flags"]
+    row, data = run.folder.name.removesuffix(f"_seed{record['seed']}"), Path(flags["data_dir"]).name
+    rows = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
+    if row not in rows:
+        raise Refused(f"{run.folder} is not named after a row of the ledger and its seed, like cifar_rsg_seed0")
+    recipe = f"@scripts/recipes/{rows[row].recipe or row}.txt"
+    told = vars(imagenet_lt_train.parse_args([f"@{ROOT / recipe[1:]}"]))
+    ours = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
+    as_text = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
+    command = command_line("imagenet_lt_train.py", ours, as_text).replace(".py", f".py {recipe}", 1)
+    return {
+        "row": row,
+        "data": data,
+        "split": record["split_hash"][:12],
+        "epochs": flags["epochs"],
+        "of_epochs": told["epochs"],
+        "seed": record["seed"],
+        "last": {name: run.result["last"][name] for name in ACCURACIES if name in run.result["last"]},
+        "chosen_on_val": None if run.result["weights"] == "last" else run.measures["balanced_accuracy"],
+        "parameters": record["parameters"],
+        "seconds_per_epoch": run.measures["seconds_per_epoch"],
+        "hardware": record["hardware"],
+        "precision": record["precision"],
+        "torch": record["versions"]["torch"],
+        "commit": record["commit"],
+        "command": command,
+    }
+
+
+def page(entries: list[dict]) -> str:
+    """docs/ledger.md: a table of each data set, and how each of its rows was measured."""
+    text = [ABOUT]
+    others = {entry["data"]: ANY_FOLDER for entry in entries if entry["data"] not in PAGE_ROWS}
+    for data, rows in (PAGE_ROWS | others).items():
+        text += [f"\n## {data}\n", *HEADER]
+        details = []
+        for name, row in rows.items():
+            own = [entry for entry in entries if (entry["data"], entry["row"]) == (data, name)]
+            for group in alike(own) or [[]]:
+                text.append(table_row(name, row, group))
+                details += [detail(name, group)] if group else []
+        text += ["", *details] if details else []
+    return "\n".join(text) + "\n"
+
+
+def alike(entries: list[dict]) -> list[list[dict]]:
+    """Those that differ only in their seed, the machine or the code; most epochs first."""
+
+    def key(entry: dict) -> tuple:
+        return -entry["epochs"], entry["split"], without_seed(entry["command"])
+
+    return [list(group) for _, group in groupby(sorted(entries, key=key), key)]
+
+
+def table_row(name: str, row: Row, runs: list[dict]) -> str:
+    cells = [name, row.what, row.published or "-"]
+    if not runs:
+        return f"| {' | '.join([*cells, 'not measured', '', '', '', ''])} |"
+    chosen = [run["chosen_on_val"] for run in runs]
+    cells.append(percent([run["last"]["balanced_accuracy"] for run in runs]))
+    cells.append("-" if None in chosen else percent(chosen))
+    groups = [percent([run["last"][key] for run in runs]) if key in runs[0]["last"] else "-" for key in ACCURACIES[1:]]
+    cells += [" / ".join(groups), f"{runs[0]['epochs']} of {runs[0]['of_epochs']}", str(len(runs))]
+    return f"| {' | '.join(cells)} |"
+
+
+def percent(values: list[float]) -> str:
+    """Mean and, of several, sample standard deviation."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def detail(name: str, runs: list[dict]) -> str:
+    """What else there is to say of a row of the table."""
+    seeds = ", ".join(f"{100 * run['last']['balanced_accuracy']:.2f} (seed {run['seed']})" for run in runs)
+    seconds = statistics.mean(run["seconds_per_epoch"] for run in runs)
+    places = {f"{run['hardware']}, {run['precision']}, torch {run['torch']}" for run in runs}
+    commits = {str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs}
+    return (
+        f"- {name}, {runs[0]['epochs']} epochs: {seeds}; `{without_seed(runs[0]['command'])}`; "
+        f"split {runs[0]['split']}; {runs[0]['parameters'] / 1e6:.2f} M parameters; {seconds:.0f} s an epoch; {'; '.join(sorted(places))}; "
+        f"commit {', '.join(sorted(commits))}"
+    )
+
+
+def without_seed(command: str) -> str:
+    return re.sub(r" --seed \d+", "", command)
+
+
+if __name__ == "__main__":
+    main(parse_args())

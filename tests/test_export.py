@@ -1,0 +1,92 @@
+"""The ONNX file against the test script, on a run that the entry scripts leave."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+import imagenet_lt_test
+import imagenet_lt_train
+from scripts import export
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSSES = "--add_cross_entropy_loss --add_arc_margin_loss"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tested run of one epoch with a generator and two heads, on 16 px images of three colours."""
+    folder, random = tmp_path_factory.mktemp("export"), np.random.default_rng(0)
+    for split, number in (("train", 4), ("test", 3)):
+        for index, name in enumerate(("red", "green", "blue")):
+            (folder / "data" / split / name).mkdir(parents=True)
+            for image in range(number):
+                pixels = random.integers(0, 80, (20, 16, 3)) + 170 * np.eye(3, dtype=int)[index]
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{image}.png")
+    words = f"--data_dir {folder}/data --root_model {folder} --root_log {folder}/log --run_name run --arch resnet32"
+    words += f" {LOSSES} --img_size 16 --epochs 1 --batch_size 6 --seed 0"
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
+    for head in ("main", "mean", "ncm"):
+        imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(folder / "run"), "--predict_with", head]))
+    return folder / "run"
+
+
+def exported(run, *words: str) -> dict:
+    return export.main(export.parse_args(["--model_dir", str(run), *words]))
+
+
+def input_of(path, about: dict) -> np.ndarray:
+    """The image as model.json says, in other words than ours."""
+    image = Image.open(path).convert("RGB")
+    assert image.size == (16, 20)  # the short side is 16 px
+    assert "short side 16 px" in about["resize"]
+    pixels = np.asarray(image, dtype=np.float64)[2:18]
+    return ((pixels / 255 - about["mean"]) / about["std"]).transpose(2, 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("head", "suffix"), [("main", ""), ("mean", "_mean"), ("ncm", "_ncm")])
+def test_the_model_gives_the_logits_of_the_test_script(run, head, suffix):
+    about = exported(run, "--predict_with", head)
+    assert json.loads((run / f"export{suffix}" / "model.json").read_text()) == about
+    assert about["checked"]["images"] == about["checked"]["same_prediction"] == 9
+    session = onnxruntime.InferenceSession(run / f"export{suffix}" / "model.onnx")
+    paths = sorted((run.parent / "data" / "test").glob("*/*.png"))
+    inputs = np.stack([input_of(path, about) for path in paths])
+    with np.load(run / f"test{suffix}" / "logits.npz") as expected:
+        for rows in (slice(0, 1), slice(0, 9)):  # any number of images
+            (logits,) = session.run(["logits"], {"images": inputs[rows]})
+            np.testing.assert_allclose(logits, expected["logits"][rows], rtol=1e-4, atol=1e-4)
+    assert about["classes"] == ["blue", "green", "red"]
+
+
+def test_nothing_of_the_generator_of_another_head_or_of_this_machine_is_in_the_file(run):
+    exported(run)
+    content = (run / "export" / "model.onnx").read_bytes()
+    assert b"heads.main.weight" in content
+    for other in (b"generator", b"heads.arc", str(ROOT).encode()):
+        assert other not in content
+
+
+def test_a_model_that_answers_otherwise_is_not_written(run, monkeypatch, capsys):
+    monkeypatch.setattr(export.Answer, "forward", lambda self, images: 2 * self.model(images).logits["arc"])
+    with pytest.raises(SystemExit) as error:
+        exported(run, "--predict_with", "arc")
+    assert error.value.code == 1
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (run / "export_arc").exists()
+
+
+def test_without_images_the_model_is_written_unchecked_and_says_so(run, tmp_path, capsys):
+    about = exported(run, "--split", "val")
+    assert about["checked"] is None
+    assert "not checked" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as error:
+        export.parse_args(["--model_dir", str(run), "--test_prior", "uniform"])
+    assert error.value.code == 2
+    assert "--test_prior" in capsys.readouterr().err

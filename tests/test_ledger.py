@@ -1,0 +1,97 @@
+"""The ledger's rows against the runs that they are made of, and their arithmetic."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import imagenet_lt_test
+import imagenet_lt_train
+from scripts import ledger
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY = {"row": "cifar_rsg", "data": "CIFAR10", "split": "abc", "epochs": 30, "of_epochs": 200, "seed": 0}
+ENTRY |= {"last": {"balanced_accuracy": 0.6, "many": 0.7, "medium": 0.5}, "chosen_on_val": None, "parameters": 470_000}
+ENTRY |= {"seconds_per_epoch": 20.0, "hardware": "cores", "precision": "bfloat16", "torch": "2", "commit": "1" * 40}
+ENTRY |= {"command": "python imagenet_lt_train.py @scripts/recipes/cifar_rsg.txt --epochs 30 --seed 0"}
+
+
+def other(seed: int, balanced: float, **changes) -> dict:
+    last = {"balanced_accuracy": balanced, "many": balanced, "medium": balanced}
+    return ENTRY | {"seed": seed, "last": last, "command": ENTRY["command"][:-1] + str(seed)} | changes
+
+
+def table_of(text: str, row: str) -> list[list[str]]:
+    """Of the row in the first data set that has it."""
+    table = next(section for section in text.split("\n## ") if f"\n| {row} |" in section)
+    return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith(f"| {row} |")]
+
+
+def test_a_row_is_the_mean_and_the_sample_deviation_over_seeds():
+    (cells,) = table_of(ledger.page([ENTRY, other(1, 0.7), other(2, 0.8)]), "cifar_rsg")
+    assert cells[3:] == ["70.0 ± 10.0", "-", "73.3 ± 5.8 / 66.7 ± 15.3 / -", "30 of 200", "3"]
+
+
+def test_other_budgets_and_images_are_other_rows_and_one_run_has_no_deviation():
+    rows = table_of(ledger.page([ENTRY, other(0, 0.9, epochs=200), other(0, 0.5, split="def")]), "cifar_rsg")
+    assert [(cells[3], cells[6]) for cells in rows] == [
+        ("90.0", "200 of 200"),
+        ("60.0", "30 of 200"),
+        ("50.0", "30 of 200"),
+    ]
+
+
+def test_what_nobody_measured_says_so():
+    text = ledger.page([ENTRY])
+    assert {cells[3] for name in ("cifar_best", "original") for cells in table_of(text, name)} == {"not measured"}
+    assert "`python imagenet_lt_train.py @scripts/recipes/cifar_rsg.txt --epochs 30`" in text
+
+
+def test_the_shipped_page_is_what_the_shipped_runs_give():
+    entries = [json.loads(line) for line in (ROOT / "docs" / "ledger.jsonl").read_text().splitlines()]
+    assert (ROOT / "docs" / "ledger.md").read_text() == ledger.page(entries)
+
+
+def test_the_script_trains_every_row_of_the_page_with_its_recipe(tmp_path):
+    """By a ``python`` that only says what it is told."""
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for data, rows in ledger.PAGE_ROWS.items():
+        command = ["bash", ROOT / "scripts" / "reproduce_ledger.sh", f"data/{data}"]
+        said = subprocess.run(
+            command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        )
+        found = dict(re.findall(r"^(\w+) @scripts/recipes/(\w+)\.txt", said.stdout, re.MULTILINE))
+        assert found == {name: row.recipe or name for name, row in rows.items()}
+        assert "scripts/ledger.py" in said.stdout
+
+
+def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tmp_path, capsys):
+    words = f"@{ROOT}/scripts/recipes/any_folder.txt --data_dir {tiny_dataset} --root_model {tmp_path} --seed 3"
+    words += f" --root_log {tmp_path}/log --run_name any_folder_seed3 --arch resnet32 --epochs 1 --batch_size 4"
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
+    ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
+    assert "untested" in capsys.readouterr().err
+    result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "any_folder_seed3")]))
+    for _ in range(2):
+        ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
+    (entry,) = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert entry["last"]["balanced_accuracy"] == result["last"]["balanced_accuracy"]
+    assert entry["chosen_on_val"] == result["balanced_accuracy"]
+    assert (entry["data"], entry["epochs"], entry["of_epochs"], entry["seed"]) == ("tiny", 1, 90, 3)
+    told = imagenet_lt_train.parse_args([word.replace("@", f"@{ROOT}/") for word in entry["command"].split()[2:]])
+    assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet32", 1, 4, 0.05, 3)
+
+
+def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, capsys):
+    words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --root_log {tmp_path}/log --seed 0 --max_steps 1"
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(f"{words} --arch resnet32 --run_name mine".split()))
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "mine")]))
+    with pytest.raises(SystemExit) as error:
+        ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
+    assert error.value.code == 2
+    assert "mine is not named after a row" in capsys.readouterr().err
+    assert not (tmp_path / "ledger.jsonl").exists()
