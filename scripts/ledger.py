@@ -191,8 +191,8 @@ def detail(name: str, runs: list[dict]) -> str:
     commits = {str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs}
     return (
         f"- {name}, {runs[0]['epochs']} epochs: {seeds}; `{without_seed(runs[0]['command'])}`; "
-        f"split {runs[0]['split']}; {runs[0]['parameters'] / 1e6:.2f} M parameters; {seconds:.0f} s an epoch; {'; '.join(sorted(places))}; "
-        f"commit {', '.join(sorted(commits))}"
+        f"split {runs[0]['split']}; {runs[0]['parameters'] / 1e6:.2f} M parameters; {seconds:.0f} s an epoch; "
+        f"{'; '.join(sorted(places))}; commit {', '.join(sorted(commits))}"
     )
 
 
