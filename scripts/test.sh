@@ -6,4 +6,4 @@ source scripts/environment.sh requirements-test.txt
 
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n auto "$@"

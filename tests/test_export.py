@@ -62,8 +62,11 @@ def test_the_model_gives_the_logits_of_the_test_script(run, head, suffix):
     assert about["classes"] == ["blue", "green", "red"]
 
 
-def test_nothing_of_the_generator_of_another_head_or_of_this_machine_is_in_the_file(run):
-    exported(run)
+def test_without_images_the_model_is_written_unchecked_and_nothing_of_the_generator_or_of_this_machine_is_in_it(
+    run, capsys
+):
+    assert exported(run, "--split", "val")["checked"] is None
+    assert "not checked" in capsys.readouterr().err
     content = (run / "export" / "model.onnx").read_bytes()
     assert b"heads.main.weight" in content
     for other in (b"generator", b"heads.arc", str(ROOT).encode()):
@@ -77,12 +80,6 @@ def test_a_model_that_answers_otherwise_is_not_written(run, monkeypatch, capsys)
     assert error.value.code == 1
     assert "nothing was written" in capsys.readouterr().err
     assert not (run / "export_arc").exists()
-
-
-def test_without_images_the_model_is_written_unchecked_and_says_so(run, tmp_path, capsys):
-    about = exported(run, "--split", "val")
-    assert about["checked"] is None
-    assert "not checked" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_refused(run, capsys):

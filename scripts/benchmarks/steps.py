@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.loaders import Batch
 from data.long_tail import imbalanced_counts
+from engine import distributed
 from engine.guard import NonFiniteGuard
 from engine.numerics import autocast_dtype, build_scaler, has_native_bfloat16, is_channels_last
 from engine.optim import build_clip, build_optimizer
@@ -197,8 +198,8 @@ def memory_rows(bench: Bench) -> Iterable[Row]:
 
 
 def peak_bytes(size: str, losses: str | None, generating: bool, device_name: str) -> int:
-    """After three steps in this process. ``losses`` None: the bare network's."""
-    device = torch.device(device_name)
+    """After three steps in this process. ``losses`` None: the bare network's, in plain PyTorch."""
+    device = torch.device(device_name) if losses is None else distributed.start(device_name)
     args = flags(f"{size} {losses or ''}")
     batches = class_mix(args, device, num_batches=3)
     if losses is None:
