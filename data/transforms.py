@@ -32,7 +32,7 @@ def fixed_view(image: Image.Image, size: int) -> Image.Image:
 
     Above 64 px the short side becomes 256/224 of ``size``, else ``size``; a small square of that size stays as it is.
     """
-    short = round(size * 256 / 224) if size > SMALL else size
+    short = short_side(size)
     width, height = image.size
     if min(width, height) != short:
         factor = short / min(width, height)
@@ -40,6 +40,11 @@ def fixed_view(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def short_side(size: int) -> int:
+    """Of the image of whose middle `fixed_view` is the centre square, in px."""
+    return round(size * 256 / 224) if size > SMALL else size
 
 
 def random_resized_crop(image: Image.Image, size: int, draws: list[float]) -> Image.Image:

@@ -36,5 +36,5 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        if libc.mallopt(mmap_threshold, 2**30):  # refused by an older glibc, which the other alone would slow down
+            libc.mallopt(trim_threshold, 2**31 - 1)

@@ -38,7 +38,7 @@ def inverse_norm(rows: Tensor) -> Tensor:
 
 
 class _InverseNorm(torch.autograd.Function):
-    """Its backward pass is one product with the rows; that of PyTorch's norm goes over them three times."""
+    """`inverse_norm`, whose gradient ``-row / |row|^3`` takes one product; PyTorch's norm goes over the rows thrice."""
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:

@@ -62,8 +62,11 @@ def check_run_flags(args: argparse.Namespace) -> None:
 def evaluation_parser(description: str = "") -> Parser:
     parser = Parser(description)
     add_question_flags(parser)
-    add_report_flags(parser)
-    add_computation_flags(parser)
+    add_answer_flags(parser)
+    add_loading_flags(parser)
+    group = parser.add_argument_group("computation")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
     return parser
 
 
@@ -77,25 +80,25 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_dir", type=Path, metavar="DIR", help="default: the run's own")
     group.add_argument("--list_dir", type=Path, metavar="DIR", help="image lists in place of folders")
     group.add_argument("--split", choices=SPLITS, default="test", help="which images")
-    group.add_argument(
-        "--images", type=Path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
-    )
-    group = parser.add_argument_group("prediction")
     group.add_argument("--weights", choices=("best", "last"), help="default: best, or last where none was selected")
     group.add_argument(
         "--predict_with",
         choices=PREDICT_WITH,
         help="head, mean of heads, or nearest class mean; default: the trained one",
     )
+
+
+def add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    """What is made of the model's logits."""
+    group = parser.add_argument_group("answer")
+    group.add_argument(
+        "--images", type=Path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
+    )
     group.add_argument(
         "--test_prior",
         metavar="PRIOR",
         help="predict for classes as frequent as this: uniform, train, or a file of `class value` lines or JSON",
     )
-
-
-def add_report_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("report")
     group.add_argument(
         "--shot_thresholds",
         type=number_in(0, kind=int),
@@ -110,13 +113,11 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(group, "--plot_features", False, "draw the features in two dimensions, which takes a minute")
 
 
-def add_computation_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("computation")
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
     group.add_argument("-b", "--batch_size", type=number_in(1, kind=int), default=64, help="images")
     group.add_argument("-j", "--workers", type=number_in(0, kind=int), default=4, help="processes, at most one a core")
     group.add_argument("--cache_limit", type=number_in(0), default=CACHE_LIMIT, metavar="BYTES", help="decoded images")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
 
 
 def check_evaluation_flags(args: argparse.Namespace) -> None:

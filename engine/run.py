@@ -41,7 +41,7 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
 }
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
 HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
-REPORTS = [*(f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES), "predict/*.csv"]
+REPORTS = [*(f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES), "predict/*.csv", "export*/model.*"]
 
 
 def run_name(args: argparse.Namespace) -> str:

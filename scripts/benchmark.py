@@ -19,7 +19,7 @@ from engine.hardware import num_cores
 from engine.numerics import AMP, CHANNELS_LAST
 from scripts.benchmarks.heads import head_rows
 from scripts.benchmarks.inputs import epoch_rows, evaluation_rows, input_rows
-from scripts.benchmarks.measuring import HEADER, Bench, hardware, text_of
+from scripts.benchmarks.measuring import HEADER, Bench, machine, text_of
 from scripts.benchmarks.processes import scaling_rows, startup_rows
 from scripts.benchmarks.steps import compile_rows, memory_rows, precision_rows, step_rows
 
@@ -56,7 +56,7 @@ def main(args) -> dict:
     """Print the table as it grows; returns the content of ``--json``."""
     device = distributed.start(args.device)
     bench = Bench(device, args.repeats, num_cores(), args.quick, args.amp, args.channels_last, args.compile)
-    about = hardware(bench) | {"repeats": args.repeats, "quick": args.quick, "amp": args.amp}
+    about = machine(bench) | {"repeats": args.repeats, "quick": args.quick, "amp": args.amp}
     about |= {"channels_last": args.channels_last, "compile": args.compile}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(HEADER, flush=True)

@@ -6,12 +6,14 @@ __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolv
 model.onnx takes normalised images [N, 3, S, S] and gives the logits [N, C] that the test script judges; what only
 training needs (the generator, margins, the projection) is not in it. model.json beside it says how an image becomes its
 input and which class each column is. Before anything is written, onnxruntime answers for every image of --split, and
-its logits must be those of PyTorch.
+its logits must be those of PyTorch; only where the run's own images are gone is a model written unchecked, which the
+script and model.json say.
 """
 
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -21,28 +23,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.loaders import EvaluationLoader
-from data.transforms import SMALL
-from engine import distributed
+from data.transforms import short_side
 from engine.console import say, warn
-from engine.errors import Failed, Refused, one_line_errors
+from engine.errors import Failed, one_line_errors
 from engine.files import write_atomically, write_json
 from engine.flags import Parser
-from engine.options import add_computation_flags, add_question_flags
+from engine.options import add_loading_flags, add_question_flags
 from engine.predictor import Predictor
 from engine.run import find_run
 
-TOLERANCE = 1e-3  # of a logit, absolute and relative: both sides compute in float32
+TOLERANCE = 1e-3  # of a logit, absolute and relative: both sides compute in float32 on the CPU
 
 
 @one_line_errors
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Write a run's model as ONNX, checked by onnxruntime on the images of --split.")
     add_question_flags(parser)
-    add_computation_flags(parser)
-    args = parser.parse_args(argv)
-    if args.images or args.test_prior:
-        raise Refused("the export is of a model, not of its answers: leave --images and --test_prior out")
-    return args
+    add_loading_flags(parser)
+    parser.set_defaults(amp="off", test_prior=None)  # for the predictor
+    return parser.parse_args(argv)
 
 
 class Answer(nn.Module):
@@ -50,7 +49,7 @@ class Answer(nn.Module):
 
     def __init__(self, predictor: Predictor):
         super().__init__()
-        self.model, self.head = predictor.model.cpu(), predictor.head
+        self.model, self.head = predictor.model, predictor.head
         self.scale = predictor.record["flags"]["norm_scale"]
         means = torch.as_tensor(predictor.class_means if self.head == "ncm" else np.empty((0, 0)), dtype=torch.float32)
         self.register_buffer("class_directions", F.normalize(means), persistent=False)
@@ -87,7 +86,7 @@ def checked(content: bytes, predictor: Predictor, loader: EvaluationLoader) -> d
     """How far onnxruntime's logits are from PyTorch's on the loader's images; `Failed` when further than rounding."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     batches = tqdm(loader, "onnxruntime", unit="batch", disable=None, leave=False)
-    logits = np.concatenate([session.run(["logits"], {"images": batch.images.cpu().numpy()})[0] for batch in batches])
+    logits = np.concatenate([session.run(["logits"], {"images": batch.images.numpy()})[0] for batch in batches])
     expected = predictor(loader, "PyTorch").logits
     difference = float(np.abs(logits - expected).max())
     same = int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
@@ -99,10 +98,10 @@ def checked(content: bytes, predictor: Predictor, loader: EvaluationLoader) -> d
 def description(predictor: Predictor) -> dict:
     """All that is needed beside the weights: how to make an input, and what the output means."""
     record, size = predictor.record, predictor.record["img_size"]
-    short = round(size * 256 / 224) if size > SMALL else size
     return {
         "input": f"images: float32 [N, 3, {size}, {size}], RGB, (value / 255 - mean) / std by channel",
-        "resize": f"turned by EXIF; short side {short} px, bilinear, unless it is that; centre square of {size} px",
+        "resize": f"turned by EXIF, transparent parts white; unless the short side is {short_side(size)} px, resized to"
+        f" that with Pillow's BILINEAR, which smooths; then the centre square of {size} px",
         "output": f"logits: float32 [N, {len(record['classes'])}]; softmax gives probabilities",
         **{key: record[key] for key in ("img_size", "mean", "std", "classes", "readable_names", "split_hash")},
         **{key: getattr(predictor, key) for key in ("weights", "epoch")},
@@ -111,25 +110,29 @@ def description(predictor: Predictor) -> dict:
     }
 
 
+def images_are_gone(args: argparse.Namespace, flags: dict) -> bool:
+    """Whether the run's own data lack --split, and no other data are named."""
+    named = args.data_dir or args.list_dir or flags["list_dir"]
+    return not named and not (Path(flags["data_dir"]) / args.split).is_dir()
+
+
 @one_line_errors
 def main(args: argparse.Namespace) -> dict:
     """Write model.onnx and model.json into ``RUN/export/``; returns what model.json holds."""
-    device = distributed.start(args.device)
-    predictor = Predictor(args, find_run(args.model_dir, args.root_model), device)
+    predictor = Predictor(args, find_run(args.model_dir, args.root_model), torch.device("cpu"))
     about = description(predictor)
-    try:
-        loader = predictor.loader(predictor.folders(args.split).splits[args.split])
-    except Refused as error:
-        loader = None
-        warn(f"onnxruntime's answers are not checked: {error}")
     content = onnx_bytes(Answer(predictor), about["img_size"])
-    predictor.model.to(device)
-    about["checked"] = loader and {"split": args.split, **checked(content, predictor, loader)}
+    if images_are_gone(args, predictor.record["flags"]):
+        warn(f"the run's data have no {args.split}/ images here: onnxruntime's answers are not checked")
+        about["checked"] = None
+    else:
+        loader = predictor.loader(predictor.folders(args.split).splits[args.split])
+        about["checked"] = {"split": args.split, **checked(content, predictor, loader)}
     folder = predictor.run / f"export{predictor.suffix()}"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "model.onnx", lambda file: file.write(content))
     write_json(folder / "model.json", about)
-    say(f"{folder / 'model.onnx'}, {len(content) / 1e6:.1f} MB; {json.dumps(about['checked'])}")
+    say(f"{folder / 'model.onnx'}, {len(content) / 1e6:.1f} MB; checked: {json.dumps(about['checked'])}")
     return about
 
 

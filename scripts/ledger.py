@@ -6,12 +6,13 @@ __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolv
     python scripts/ledger.py                                        # only writes the page again
 
 A run belongs to the row that its folder is named after (cifar_rsg_seed0). A run that the ledger holds already, by
-command, images, hardware and versions, is replaced.
+command, images, hardware, precision and version of PyTorch, is replaced.
 """
 
 import argparse
 import json
 import re
+import shlex
 import statistics
 from itertools import groupby
 from pathlib import Path
@@ -23,12 +24,14 @@ from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
 from engine.flags import Parser, command_line
+from engine.record import plain_flags
 from engine.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 ACCURACIES = ("balanced_accuracy", "many", "medium", "few")
 SAME_RUN = ("row", "data", "split", "command", "hardware", "precision", "torch")
+FILES = ("list_dir", "weights", "synthetic_dir")  # flags whose folders are of one machine
 
 
 class Row(NamedTuple):
@@ -42,7 +45,7 @@ class Row(NamedTuple):
 CIFAR10 = {
     "cifar_ce": Row("cross-entropy", "", "70.4, Cao et al., 2019"),
     "cifar_ldam_drw": Row("LDAM-DRW", "", "77.0, Cao et al., 2019"),
-    "cifar_rsg": Row("LDAM-DRW-RSG", "", "80.0, Wang et al., 2021"),
+    "cifar_rsg": Row("LDAM-DRW-RSG", "", "79.95, Wang et al., 2021"),
     "cifar_mixup_drw": Row("mixup, DRW", "", "82.1, imbalanced-DL's README"),
     "cifar_best": Row("logit-adjusted CE, balanced SupCon, AutoAugment", "", "85.9, ProCo's README, best of this size"),
     "cifar_best_x4": Row("the same, four times wider", "", "89.6, GLMC's README, best of this size"),
@@ -55,25 +58,26 @@ CIFAR100 = {
     "cifar_best": Row("logit-adjusted CE, balanced SupCon, AutoAugment", "", "52.8, ProCo's README, best of this size"),
     "cifar_best_x4": Row("the same, four times wider", "", "58.4, GLMC's README, best of this size"),
 }
+ORIGINAL = {"original": Row("LDAM, SupCon, RSG on ResNeXt-50 at 224 px")}
 ANY_FOLDER = {
-    "any_folder_ce": Row("cross-entropy, all else as any_folder", "any_folder"),
+    "any_folder_ce": Row("cross-entropy on a Linear head, all else as any_folder", "any_folder"),
     "any_folder": Row("logit-adjusted CE on NormedLinear"),
 }
 PAGE_ROWS = {  # name of the data's folder: its rows; any other folder has those of ANY_FOLDER
-    "CIFAR10": CIFAR10 | ANY_FOLDER,
-    "CIFAR100": CIFAR100 | ANY_FOLDER,
+    "CIFAR10": CIFAR10 | ORIGINAL | ANY_FOLDER,
+    "CIFAR100": CIFAR100 | ORIGINAL | ANY_FOLDER,
     "digits": ANY_FOLDER,
-    "mini-ImageNet": {"original": Row("LDAM, SupCon, RSG"), "mini_imagenet": Row("logit-adjusted CE")} | ANY_FOLDER,
+    "mini-ImageNet": ORIGINAL | {"mini_imagenet": Row("logit-adjusted CE")} | ANY_FOLDER,
 }
 
 ABOUT = """# Ledger of measured recipes
 
 Written by `scripts/ledger.py` from the runs in ledger.jsonl; `bash scripts/reproduce_ledger.sh` makes them. Accuracies
-are balanced test accuracies in per cent of the last epoch, mean ± sample standard deviation over n seeds; "chosen" is
+are balanced test accuracies in per cent of the last epoch, mean ± sample standard deviation over n runs; "chosen" is
 the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
-to 100, fewer than 20 training images. Published figures are of ResNet-32 after 200 epochs at imbalance 100, last epoch,
-judged on the test set, on the original images and other draws of the tail; ours, where the split is 8403d703aeea, are
-on images that were re-encoded as JPEG. Fewer epochs than the recipe's are the first reason of a gap."""
+to 100, fewer than 20 training images. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance
+100, last epoch, judged on the test set, on the original images and other draws of the tail; ours, where the split is
+8403d703aeea, are on images that were re-encoded as JPEG. The first reason of a gap is fewer epochs than the recipe's."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | epochs | n |",
     "|---|---|---|---|---|---|---|---|",
@@ -90,40 +94,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     path = args.output / "ledger.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    held = {tuple(entry[key] for key in SAME_RUN): entry for entry in entries}
-    for folder in [
-        run for each in args.folders for run in sorted({each, *(p.parent for p in each.glob("*/args.json"))})
-    ]:
-        if not (folder / "args.json").is_file():
-            continue
-        if missing := what_is_missing(folder):
-            warn(f"{folder} is {missing}: it is not added")
-            continue
-        entry = entry_of(read_run(folder))
-        held[tuple(entry[key] for key in SAME_RUN)] = entry
-    entries = sorted(held.values(), key=lambda entry: [str(entry[key]) for key in SAME_RUN])
+    held = {identity(entry): entry for entry in read_ledger(path)}
+    for given in args.folders:
+        folders = [folder for folder in (given, *sorted(given.glob("*/"))) if (folder / "args.json").is_file()]
+        if not folders:
+            raise Refused(f"{given} holds no run")
+        for folder in folders:
+            if missing := what_is_missing(folder):
+                warn(f"{folder} is {missing}: it is not added")
+            else:
+                entry = entry_of(read_run(folder))
+                held[identity(entry)] = entry
+    entries = [held[key] for key in sorted(held)]
     lines = "".join(f"{json.dumps(entry)}\n" for entry in entries)
     write_atomically(path, lambda file: file.write(lines.encode()))
     write_atomically(args.output / "ledger.md", lambda file: file.write(page(entries).encode()))
     say(f"{len(entries)} runs in {path}")
 
 
+def identity(entry: dict) -> tuple[str, ...]:
+    return tuple(str(entry[key]) for key in SAME_RUN)
+
+
+def read_ledger(path: Path) -> list[dict]:
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            entries.append(json.loads(line))
+            identity(entries[-1])
+        except (ValueError, TypeError, KeyError):
+            raise Refused(f"{path}, line {number}, is no run; mend or remove the line") from None
+    return entries
+
+
 def entry_of(run: Run) -> dict:
-    """The ledger's line of a run."""
+    """The ledger's line of a run. `Refused` when it is not one of a row, or was tested on other images."""
     record, flags = run.record, run.record["flags"]
-    row, data = run.folder.name.removesuffix(f"_seed{record['seed']}"), Path(flags["data_dir"]).name
+    row, _, seed = run.folder.name.rpartition("_seed")
     rows = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
-    if row not in rows:
+    if row not in rows or seed != str(record["seed"]):
         raise Refused(f"{run.folder} is not named after a row of the ledger and its seed, like cifar_rsg_seed0")
-    recipe = f"@scripts/recipes/{rows[row].recipe or row}.txt"
-    told = vars(imagenet_lt_train.parse_args([f"@{ROOT / recipe[1:]}"]))
-    ours = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
-    as_text = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
-    command = command_line("imagenet_lt_train.py", ours, as_text).replace(".py", f".py {recipe}", 1)
+    if "hardware" not in record or flags["max_steps"] is not None:
+        raise Refused(f"{run.folder} is a smoke run, or too old to say on what hardware it ran; train it again")
+    if run.result["split_hash"] != record["split_hash"]:
+        raise Refused(f"{run.folder} was tested on other data than its own; test it again without --data_dir")
+    command, told = command_of(flags, rows[row].recipe or row, record["seed"])
     return {
         "row": row,
-        "data": data,
+        "data": Path(flags["data_dir"]).name,
         "split": record["split_hash"][:12],
         "epochs": flags["epochs"],
         "of_epochs": told["epochs"],
@@ -132,6 +150,7 @@ def entry_of(run: Run) -> dict:
         "chosen_on_val": None if run.result["weights"] == "last" else run.measures["balanced_accuracy"],
         "parameters": record["parameters"],
         "seconds_per_epoch": run.measures["seconds_per_epoch"],
+        "threads": record["threads"],
         "hardware": record["hardware"],
         "precision": record["precision"],
         "torch": record["versions"]["torch"],
@@ -140,11 +159,29 @@ def entry_of(run: Run) -> dict:
     }
 
 
+def command_of(flags: dict, recipe: str, seed: int) -> tuple[str, dict]:
+    """The command that trains like this, and the recipe's own flags. `Refused` when no command beside the recipe can
+    say it: a flag that the recipe gives cannot be taken back."""
+    file = f"@scripts/recipes/{recipe}.txt"
+    told = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}"]))
+    ours = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
+    ours |= {"data_dir": f"data/{Path(flags['data_dir']).name}", "seed": seed}
+    ours |= {name: Path(flags[name]).name for name in FILES if flags[name] is not None}
+    words = command_line("", ours, told).split(" ", 2)[2]
+    again = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}", *shlex.split(words)]))
+    if changed := [name for name, value in ours.items() if again[name] != value]:
+        raise Refused(f"--{changed[0]} {ours[changed[0]]} is not what {file} says, and no flag takes that back")
+    return f"python imagenet_lt_train.py {file} {words}", told
+
+
 def page(entries: list[dict]) -> str:
     """docs/ledger.md: a table of each data set, and how each of its rows was measured."""
     text = [ABOUT]
-    others = {entry["data"]: ANY_FOLDER for entry in entries if entry["data"] not in PAGE_ROWS}
-    for data, rows in (PAGE_ROWS | others).items():
+    all_rows = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
+    for data in dict.fromkeys([*PAGE_ROWS, *(entry["data"] for entry in entries)]):
+        measured = {entry["row"]: all_rows[entry["row"]] for entry in entries if entry["data"] == data}
+        rows = PAGE_ROWS.get(data, ANY_FOLDER)
+        rows = rows | {name: row._replace(published="") for name, row in measured.items() if name not in rows}
         text += [f"\n## {data}\n", *HEADER]
         details = []
         for name, row in rows.items():
@@ -157,16 +194,17 @@ def page(entries: list[dict]) -> str:
 
 
 def alike(entries: list[dict]) -> list[list[dict]]:
-    """Those that differ only in their seed, the machine or the code; most epochs first."""
+    """Those that differ only in their seed, version or commit; most epochs first."""
 
     def key(entry: dict) -> tuple:
-        return -entry["epochs"], entry["split"], without_seed(entry["command"])
+        return -entry["epochs"], entry["split"], changes(entry), entry["hardware"], entry["precision"]
 
     return [list(group) for _, group in groupby(sorted(entries, key=key), key)]
 
 
 def table_row(name: str, row: Row, runs: list[dict]) -> str:
     cells = [name, row.what, row.published or "-"]
+    cells[1] += f"; `{changes(runs[0])}`" if runs and changes(runs[0]) else ""
     if not runs:
         return f"| {' | '.join([*cells, 'not measured', '', '', '', ''])} |"
     chosen = [run["chosen_on_val"] for run in runs]
@@ -187,17 +225,24 @@ def detail(name: str, runs: list[dict]) -> str:
     """What else there is to say of a row of the table."""
     seeds = ", ".join(f"{100 * run['last']['balanced_accuracy']:.2f} (seed {run['seed']})" for run in runs)
     seconds = statistics.mean(run["seconds_per_epoch"] for run in runs)
-    places = {f"{run['hardware']}, {run['precision']}, torch {run['torch']}" for run in runs}
+    threads = {f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs}
+    versions = {f"torch {run['torch']}" for run in runs}
+    place = ", ".join([*sorted(threads), runs[0]["hardware"], runs[0]["precision"], *sorted(versions)])
     commits = {str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs}
     return (
         f"- {name}, {runs[0]['epochs']} epochs: {seeds}; `{without_seed(runs[0]['command'])}`; "
         f"split {runs[0]['split']}; {runs[0]['parameters'] / 1e6:.2f} M parameters; {seconds:.0f} s an epoch; "
-        f"{'; '.join(sorted(places))}; commit {', '.join(sorted(commits))}"
+        f"{place}; commit {', '.join(sorted(commits))}"
     )
 
 
 def without_seed(command: str) -> str:
     return re.sub(r" --seed \d+", "", command)
+
+
+def changes(run: dict) -> str:
+    """The flags in which a run is not its recipe, but for data, epochs and seed."""
+    return re.sub(r" --(data_dir|epochs|seed) \S+", "", run["command"]).partition(".txt")[2].strip()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
 #     ROWS='cifar_ce cifar_rsg' bash scripts/reproduce_ledger.sh ...                  # some of them
 #
 # The name of DATA tells which rows: CIFAR10, CIFAR100, mini-ImageNet, or any other folder. What is done is skipped.
+# Where --root_model lets the runs lie elsewhere: python scripts/ledger.py FOLDER
 # Flags, JOBS=2, Slurm, where things lie: bash scripts/reproduce_ledger.sh --help
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v torchrun >/dev/null || source scripts/environment.sh requirements.txt # an environment of yours, or .venv
 
 case $(basename "${1:-}") in
-    CIFAR*) rows='cifar_ce cifar_ldam_drw cifar_rsg cifar_mixup_drw cifar_best cifar_best_x4 any_folder any_folder_ce' ;;
+    CIFAR*) rows='cifar_ce cifar_ldam_drw cifar_rsg cifar_mixup_drw cifar_best cifar_best_x4 original any_folder any_folder_ce' ;;
     mini-ImageNet*) rows='original mini_imagenet any_folder any_folder_ce' ;;
     *) rows='any_folder any_folder_ce' ;;
 esac
@@ -24,7 +25,9 @@ for row in ${ROWS:-$rows}; do
     fi
     settings+=$'\n'"$row @scripts/recipes/$recipe.txt $flags"
 done
-python scripts/sweep.py ledger "$settings" "$@"
-if [[ ! " $* " =~ \ (--help|-h|--list|--line)\  ]]; then
+code=0
+python scripts/sweep.py ledger "$settings" "$@" || code=$?
+if [[ ! " $*" =~ \ (--help|-h|--list|--line) ]] && ((code < 2)); then # 1: some runs failed, the others count
     python scripts/ledger.py checkpoint/ledger_*
 fi
+exit $code

@@ -109,7 +109,8 @@ def settings_of(text: str) -> dict[str, list[str]]:
 def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """The folder of the sweep, and all runs in order: each seed of the first setting, of the second, and so on.
     `Refused` for flags that no run would take, and for those that the sweep itself sets."""
-    extra = parsed("the flags after --", ["--data_dir", str(args.data_dir), *args.extra])
+    recipes = [recipe for flags in args.settings.values() for recipe in beside_recipe(flags)[0]]
+    extra = parsed("the flags after --", [*recipes[:1], "--data_dir", str(args.data_dir), *args.extra])
     given = given_flags(args.extra)
     for name, flags in {"the sweep": [], **args.settings}.items():
         own = with_epochs(beside_recipe(flags)[1], extra.epochs)
@@ -119,7 +120,8 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     folders = read_image_folders(args.data_dir, extra.list_dir)
     if "test" not in folders.splits:
         raise Refused(f"{args.data_dir} has no test images, without which nothing can be compared")
-    sweep = sweep_name(args.sweep, args.data_dir, extra, given)
+    defaults = {} if recipes else vars(train_parser().parse_args([]))  # beside a recipe a default is a change
+    sweep = sweep_name(args.sweep, args.data_dir, extra, given, defaults)
     root_model, root_log = extra.root_model / sweep, extra.root_log / sweep
     fixed = [
         "--data_dir",
@@ -173,13 +175,12 @@ def with_epochs(flags: list[str], epochs: int) -> list[str]:
     return [SHARE.sub(lambda match: str(int(float(match[1]) * epochs + 1e-9) - bool(match[2])), flag) for flag in flags]
 
 
-def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set[str]) -> str:
+def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set[str], defaults: dict) -> str:
     """Of the sweep's folder: other data or flags, another folder. Flags at their default or without influence on the
     result are left out."""
-    defaults = vars(train_parser().parse_args([]))
     parts = [sweep, data_dir.absolute().name]
     for flag, value in vars(extra).items():
-        if flag in given - MAY_CHANGE and value != defaults[flag]:
+        if flag in given - MAY_CHANGE and (flag not in defaults or value != defaults[flag]):
             words = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{flag}-{re.sub('[^A-Za-z0-9.=-]+', '_', words)}")
     name = "_".join(parts)

@@ -18,13 +18,13 @@ LOSSES = "--add_cross_entropy_loss --add_arc_margin_loss"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tested run of one epoch with a generator and two heads, on 16 px images of three colours."""
+    """A tested run of one epoch with a generator and two heads, on images of three colours, shown at 16 px."""
     folder, random = tmp_path_factory.mktemp("export"), np.random.default_rng(0)
     for split, number in (("train", 4), ("test", 3)):
         for index, name in enumerate(("red", "green", "blue")):
             (folder / "data" / split / name).mkdir(parents=True)
             for image in range(number):
-                pixels = random.integers(0, 80, (20, 16, 3)) + 170 * np.eye(3, dtype=int)[index]
+                pixels = random.integers(0, 80, (30, 24, 3)) + 170 * np.eye(3, dtype=int)[index]
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{image}.png")
     words = f"--data_dir {folder}/data --root_model {folder} --root_log {folder}/log --run_name run --arch resnet32"
     words += f" {LOSSES} --img_size 16 --epochs 1 --batch_size 6 --seed 0"
@@ -40,9 +40,8 @@ def exported(run, *words: str) -> dict:
 
 def input_of(path, about: dict) -> np.ndarray:
     """The image as model.json says, in other words than ours."""
-    image = Image.open(path).convert("RGB")
-    assert image.size == (16, 20)  # the short side is 16 px
-    assert "short side 16 px" in about["resize"]
+    assert "short side is 16 px" in about["resize"]
+    image = Image.open(path).convert("RGB").resize((16, 20), Image.Resampling.BILINEAR)  # from 24 x 30
     pixels = np.asarray(image, dtype=np.float64)[2:18]
     return ((pixels / 255 - about["mean"]) / about["std"]).transpose(2, 0, 1).astype(np.float32)
 
@@ -82,8 +81,9 @@ def test_a_model_that_answers_otherwise_is_not_written(run, monkeypatch, capsys)
     assert not (run / "export_arc").exists()
 
 
-def test_what_is_no_model_is_refused(run, capsys):
+def test_wrong_data_are_refused_and_not_an_excuse(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        export.parse_args(["--model_dir", str(run), "--test_prior", "uniform"])
+        exported(run, "--data_dir", str(tmp_path / "nowhere"), "--predict_with", "arc")
     assert error.value.code == 2
-    assert "--test_prior" in capsys.readouterr().err
+    assert "nowhere" in capsys.readouterr().err
+    assert not (run / "export_arc").exists()

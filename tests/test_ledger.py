@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,18 +10,40 @@ import pytest
 
 import imagenet_lt_test
 import imagenet_lt_train
+from engine.errors import Refused
 from scripts import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = {"row": "cifar_rsg", "data": "CIFAR10", "split": "abc", "epochs": 30, "of_epochs": 200, "seed": 0}
 ENTRY |= {"last": {"balanced_accuracy": 0.6, "many": 0.7, "medium": 0.5}, "chosen_on_val": None, "parameters": 470_000}
-ENTRY |= {"seconds_per_epoch": 20.0, "hardware": "cores", "precision": "bfloat16", "torch": "2", "commit": "1" * 40}
+ENTRY |= {
+    "seconds_per_epoch": 20.0,
+    "threads": 1,
+    "hardware": "cores",
+    "precision": "bfloat16",
+    "torch": "2",
+    "commit": "1" * 40,
+}
 ENTRY |= {"command": "python imagenet_lt_train.py @scripts/recipes/cifar_rsg.txt --epochs 30 --seed 0"}
 
 
 def other(seed: int, balanced: float, **changes) -> dict:
     last = {"balanced_accuracy": balanced, "many": balanced, "medium": balanced}
     return ENTRY | {"seed": seed, "last": last, "command": ENTRY["command"][:-1] + str(seed)} | changes
+
+
+def other_images(data: Path) -> Path:
+    """The same classes with one test image less."""
+    copy = shutil.copytree(data, data.with_name("other"))
+    next((copy / "test" / "rare").iterdir()).unlink()
+    return copy
+
+
+def refusal(folder: Path, capsys) -> str:
+    with pytest.raises(SystemExit) as error:
+        ledger.main(ledger.parse_args([str(folder), "--output", str(folder)]))
+    assert error.value.code == 2
+    return capsys.readouterr().err
 
 
 def table_of(text: str, row: str) -> list[list[str]]:
@@ -41,6 +64,23 @@ def test_other_budgets_and_images_are_other_rows_and_one_run_has_no_deviation():
         ("60.0", "30 of 200"),
         ("50.0", "30 of 200"),
     ]
+
+
+def test_another_machine_and_other_flags_are_other_rows_and_the_flags_are_named():
+    changed = ENTRY["command"].replace(" --epochs", " --lr 0.5 --epochs")
+    rows = table_of(ledger.page([ENTRY, other(1, 0.7, hardware="GPU"), other(2, 0.8, command=changed)]), "cifar_rsg")
+    assert sorted((cells[1], cells[3]) for cells in rows) == [
+        ("LDAM-DRW-RSG", "60.0"),
+        ("LDAM-DRW-RSG", "70.0"),
+        ("LDAM-DRW-RSG; `--lr 0.5`", "80.0"),
+    ]
+
+
+def test_a_row_that_is_measured_on_other_data_is_shown_without_a_published_figure():
+    text = ledger.page([ENTRY | {"data": "CIFAR10_ir50"}])
+    (cells,) = table_of(text[text.index("## CIFAR10_ir50") - 1 :], "cifar_rsg")
+    assert cells[2:4] == ["-", "60.0"]
+    assert "CIFAR10_ir50" not in ledger.PAGE_ROWS
 
 
 def test_what_nobody_measured_says_so():
@@ -75,7 +115,10 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
     assert "untested" in capsys.readouterr().err
-    result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "any_folder_seed3")]))
+    test = ["--model_dir", str(tmp_path / "any_folder_seed3")]
+    imagenet_lt_test.main(imagenet_lt_test.parse_args([*test, "--data_dir", str(other_images(tiny_dataset))]))
+    assert "tested on other data" in refusal(tmp_path, capsys)
+    result = imagenet_lt_test.main(imagenet_lt_test.parse_args(test))
     for _ in range(2):
         ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
     (entry,) = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
@@ -84,14 +127,21 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     assert (entry["data"], entry["epochs"], entry["of_epochs"], entry["seed"]) == ("tiny", 1, 90, 3)
     told = imagenet_lt_train.parse_args([word.replace("@", f"@{ROOT}/") for word in entry["command"].split()[2:]])
     assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet32", 1, 4, 0.05, 3)
+    for name in ("ledger.jsonl", "ledger.md"):
+        assert str(tmp_path) not in (tmp_path / name).read_text()
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(entry)[:-9])
+    assert "line 1, is no run" in refusal(tmp_path, capsys)
 
 
 def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, capsys):
     words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --root_log {tmp_path}/log --seed 0 --max_steps 1"
     imagenet_lt_train.main(imagenet_lt_train.parse_args(f"{words} --arch resnet32 --run_name mine".split()))
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "mine")]))
-    with pytest.raises(SystemExit) as error:
-        ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
-    assert error.value.code == 2
-    assert "mine is not named after a row" in capsys.readouterr().err
+    assert "mine is not named after a row" in refusal(tmp_path, capsys)
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_flag_that_no_command_takes_back_is_refused():
+    told = vars(imagenet_lt_train.parse_args([f"@{ROOT}/scripts/recipes/cifar_ldam_drw.txt"]))
+    with pytest.raises(Refused, match="--drw_epoch None is not what"):
+        ledger.command_of(told | {"drw_epoch": None}, "cifar_ldam_drw", 0)

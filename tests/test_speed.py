@@ -3,7 +3,11 @@
 import argparse
 import copy
 import json
+import platform
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from losses import inverse_frequency_weights
 from models.backbones import Backbone, Part
 from scripts.benchmarks.steps import TrainingSteps, flags
 
+ROOT = Path(__file__).resolve().parents[1]
 COUNTS = [40, 9, 4, 2]
 CPU = torch.device("cpu")
 
@@ -190,6 +195,28 @@ def test_the_processes_of_a_machine_share_out_its_cores(monkeypatch, processes, 
     monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert build._workers(argparse.Namespace(workers=workers)) == expected
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from engine.hardware import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for call in range(2):  # the first one gets the memory
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**27, dtype=np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_comes_again_without_page_faults():
+    faults = {}
+    for word in ("return", "keep"):
+        command = [sys.executable, "-c", FAULTS, word]
+        faults[word] = int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert faults["keep"] < faults["return"] / 10
 
 
 # Waiting

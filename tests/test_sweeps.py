@@ -149,6 +149,15 @@ def test_shares_of_the_epochs_follow_the_flag(tmp_path, tiny_dataset):
 # --- the names
 
 
+def test_the_flags_of_the_runs_override_a_recipe_whose_epochs_are_shared_out(tmp_path, tiny_dataset):
+    (tmp_path / "recipe.txt").write_text("--data_dir elsewhere\n--arch resnet32\n--epochs 10\n--lr 0.5\n")
+    setting = f"one @{tmp_path}/recipe.txt --add_rsg False --drw_epoch {{0.5}}"
+    words = ["name", setting, str(tiny_dataset), "--seeds", "0", "--", "--lr", "0.25"]
+    (run,) = sweep.planned(sweep.parse_args(words))[1]
+    told = imagenet_lt_train.parse_args(run.commands[0][2:])
+    assert (told.data_dir, told.arch, told.epochs, told.lr, told.drw_epoch) == (tiny_dataset, "resnet32", 10, 0.25, 5)
+
+
 def test_other_flags_lie_in_another_folder_and_idle_ones_do_not(tmp_path, tiny_dataset):
     def folder(*flags: str) -> str:
         return plan(tmp_path, "ablate_rsg", tiny_dataset, "--seeds", "0", "--", *flags)[0].name

@@ -97,7 +97,7 @@ def median_ms(seconds: list[float]) -> float:
     return 1000 * statistics.median(seconds)
 
 
-def hardware(bench: Bench) -> dict[str, object]:
+def machine(bench: Bench) -> dict[str, object]:
     """The machine and the software, as far as figures depend on them."""
     gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
     return {
