@@ -77,7 +77,7 @@ are balanced test accuracies in per cent of the last epoch, mean ± sample stand
 the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
 to 100, fewer than 20 training images. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance
 100, last epoch, judged on the test set, on the original images and other draws of the tail; ours, where the split is
-8403d703aeea, are on images that were re-encoded as JPEG. The first reason of a gap is fewer epochs than the recipe's."""
+8403d703aeea, are on images re-encoded as JPEG. The first reason of a gap is fewer epochs than the recipe's."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | epochs | n |",
     "|---|---|---|---|---|---|---|---|",

@@ -13,10 +13,11 @@ cd "$(dirname "$0")/.."
 command -v torchrun >/dev/null || source scripts/environment.sh requirements.txt # an environment of yours, or .venv
 
 case $(basename "${1:-}") in
-    CIFAR*) rows='cifar_ce cifar_ldam_drw cifar_rsg cifar_mixup_drw cifar_best cifar_best_x4 original any_folder any_folder_ce' ;;
-    mini-ImageNet*) rows='original mini_imagenet any_folder any_folder_ce' ;;
-    *) rows='any_folder any_folder_ce' ;;
+    CIFAR*) rows='cifar_ce cifar_ldam_drw cifar_rsg cifar_mixup_drw cifar_best cifar_best_x4 original' ;;
+    mini-ImageNet*) rows='original mini_imagenet' ;;
+    *) rows= ;;
 esac
+rows+=' any_folder any_folder_ce'
 settings='# what follows -- overrides a recipe'
 for row in ${ROWS:-$rows}; do
     recipe=$row flags=''

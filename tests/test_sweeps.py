@@ -153,7 +153,9 @@ def test_the_flags_of_the_runs_override_a_recipe_whose_epochs_are_shared_out(tmp
     (tmp_path / "recipe.txt").write_text("--data_dir elsewhere\n--arch resnet32\n--epochs 10\n--lr 0.5\n")
     setting = f"one @{tmp_path}/recipe.txt --add_rsg False --drw_epoch {{0.5}}"
     words = ["name", setting, str(tiny_dataset), "--seeds", "0", "--", "--lr", "0.25"]
-    (run,) = sweep.planned(sweep.parse_args(words))[1]
+    folder, (run,) = sweep.planned(sweep.parse_args(words))
+    assert folder.name == "name_tiny_lr-0.25"
+    assert sweep.planned(sweep.parse_args([*words[:-1], "1e-3"]))[0].name == "name_tiny_lr-0.001"  # no default here
     told = imagenet_lt_train.parse_args(run.commands[0][2:])
     assert (told.data_dir, told.arch, told.epochs, told.lr, told.drw_epoch) == (tiny_dataset, "resnet32", 10, 0.25, 5)
 
