@@ -28,13 +28,14 @@ def hardware(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep for the next step what a step frees.
+    """Let glibc keep for the next step what a step frees, but for blocks of 32 MB and more.
 
-    By default each block above 32 MB goes back to the system and comes again page by page, filled with zeros: with
-    ResNeXt-50 at 224 px on two cores a sixth of the time of a float32 step.
+    By default most of it goes back to the system and comes again page by page, filled with zeros: with ResNeXt-50 at
+    224 px on two cores a sixth of the time of a float32 step. To keep the largest blocks too would save 3 % more of the
+    time and take 6 % more memory.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-        if libc.mallopt(mmap_threshold, 2**30):  # refused by an older glibc, which the other alone would slow down
+        if libc.mallopt(mmap_threshold, 2**25):  # where that is refused, the other alone would slow things down
             libc.mallopt(trim_threshold, 2**31 - 1)
