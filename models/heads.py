@@ -34,7 +34,7 @@ class CosineHead(nn.Module):
     """Logits are a scale times the cosines between the features and one direction per class; no bias.
 
     Subclasses say what a margin adds to the target's logit (`margin_shift`). A zero feature has no direction: its
-    cosines and its gradient are 0.
+    cosines are 0, and its gradient too, where the scale is a number.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float):
@@ -146,6 +146,10 @@ class SphereFaceHead(CosineHead):
     @in_float32
     def scale_of(self, features: Tensor) -> Tensor:
         return torch.linalg.vector_norm(features, dim=1, keepdim=True)
+
+    def _scaled_cosines(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        # |x| cos = x . w / |w|: dividing by the feature's norm and multiplying by it again can be left out
+        return F.linear(features, self.weight) * inverse_norm(self.weight).T, self.scale_of(features)
 
     def count_step(self) -> None:
         if self.training:
