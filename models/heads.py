@@ -103,9 +103,11 @@ class ArcFaceHead(CosineHead):
         cosines = target_logits / scale
         # the derivative of sin is infinite at cos = +-1, where rounding also passes 1: bounded by sin = 0.001
         sines = (1 - cosines.square()).clamp_min(1e-6).sqrt()
-        shifted = cosines * math.cos(self.margin) - sines * math.sin(self.margin)
-        fallback = cosines - self.margin * math.sin(self.margin)
-        return scale * (torch.where(cosines > math.cos(math.pi - self.margin), shifted, fallback) - cosines)
+        shift = (math.cos(self.margin) - 1) * cosines - math.sin(
+            self.margin
+        ) * sines  # cos(theta + margin) - cos(theta)
+        beyond = cosines <= math.cos(math.pi - self.margin)
+        return scale * shift.masked_fill(beyond, -self.margin * math.sin(self.margin))
 
 
 class AMSoftmaxHead(CosineHead):
