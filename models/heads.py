@@ -103,7 +103,7 @@ class ArcFaceHead(CosineHead):
         cosines = target_logits / scale
         # the derivative of sin is infinite at cos = +-1, where rounding also passes 1: bounded by sin = 0.001
         sines = (1 - cosines.square()).clamp_min(1e-6).sqrt()
-        # cos(theta + margin) - cos(theta)
+        # what cos(theta + margin) has beyond cos(theta)
         shift = (math.cos(self.margin) - 1) * cosines - math.sin(self.margin) * sines
         beyond = cosines <= math.cos(math.pi - self.margin)
         return scale * shift.masked_fill(beyond, -self.margin * math.sin(self.margin))
