@@ -51,8 +51,9 @@ class Answer(nn.Module):
         super().__init__()
         self.model, self.head = predictor.model, predictor.head
         self.scale = predictor.record["flags"]["norm_scale"]
-        means = torch.as_tensor(predictor.class_means if self.head == "ncm" else np.empty((0, 0)), dtype=torch.float32)
-        self.register_buffer("class_directions", F.normalize(means), persistent=False)
+        if self.head == "ncm":
+            means = torch.as_tensor(predictor.class_means, dtype=torch.float32)
+            self.register_buffer("class_directions", F.normalize(means), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.model(images)

@@ -21,7 +21,7 @@ rows+=' any_folder any_folder_ce'
 settings='# what follows -- overrides a recipe'
 for row in ${ROWS:-$rows}; do
     recipe=$row flags=''
-    if [ "$row" = any_folder_ce ]; then # the baseline of any_folder: all else equal
+    if [ "$row" = any_folder_ce ]; then # the baseline of any_folder: plain cross-entropy on a Linear head
         recipe=any_folder flags='--norm_out False --add_logit_adjusted_loss False --add_cross_entropy_loss True'
     fi
     settings+=$'\n'"$row @scripts/recipes/$recipe.txt $flags"
