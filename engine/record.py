@@ -121,12 +121,16 @@ def read_log(folder: Path) -> list[dict]:
     return rows
 
 
-def code_commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def code_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout.
+
+    docs/ does not count: the ledger writes there between the runs that it is made of.
+    """
+    git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False, capture_output=True).returncode
+        diff = [*git, "diff", "--quiet", "HEAD", "--", ":(top,exclude)docs"]
+        changed = subprocess.run(diff, check=False, capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("-dirty" if changed else "")

@@ -11,6 +11,7 @@ import pytest
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.errors import Refused
+from engine.record import code_commit
 from scripts import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,3 +146,22 @@ def test_a_flag_that_no_command_takes_back_is_refused():
     told = vars(imagenet_lt_train.parse_args([f"@{ROOT}/scripts/recipes/cifar_ldam_drw.txt"]))
     with pytest.raises(Refused, match="--drw_epoch None is not what"):
         ledger.command_of(told | {"drw_epoch": None}, "cifar_ldam_drw", 0)
+
+
+def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *who, "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout
+
+    for name in ("engine/a.py", "docs/ledger.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert code_commit(tmp_path / "engine") is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "both")
+    head = git("rev-parse", "HEAD").strip()
+    (tmp_path / "docs/ledger.jsonl").write_text("{}\n")
+    assert code_commit(tmp_path / "engine") == head
+    (tmp_path / "engine/a.py").write_text("1\n")
+    assert code_commit(tmp_path / "engine") == f"{head}-dirty"
