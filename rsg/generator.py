@@ -38,15 +38,13 @@ class RareSampleGenerator(nn.Module):
         self.contrast = nn.Sequential(
             nn.Conv2d(2 * channels, contrast_dim, 1),
             nn.ReLU(),
-            nn.Conv2d(contrast_dim, contrast_dim, 3, padding=1),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
+            MeanOfConv2d(contrast_dim, contrast_dim),
             nn.Linear(contrast_dim, 2),
         )
         for layer in (self.transform, self.contrast[0], self.contrast[2]):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.contrast[5].weight)
+        nn.init.normal_(self.contrast[3].weight)
         self.strength = strength
         self.generating = False
         self.pair_shift = 0  # rows by which the second half is moved before pairing, see contrast_loss
@@ -138,6 +136,31 @@ class RareSampleGenerator(nn.Module):
             cosines = cosines * inverse_norm(tail_variations.float()) * inverse_norm(transformed)
             total = loss + lengths.abs().sum() + (cosines - 1).abs().sum()
             return mean_over_processes(total, len(transformed))
+
+
+class MeanOfConv2d(nn.Conv2d):
+    """The mean over positions of what a 3 x 3 convolution with padding 1 gives: maps [N, C, H, W] to [N, D].
+
+    Both are linear, so each tap is applied to the sum of the positions that it sees instead of to each of them: C D
+    multiplications for an image and tap instead of C D H W.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        height, width = maps.shape[2:]
+        seen = torch.kron(seen_by_tap(height, maps), seen_by_tap(width, maps))  # [H W, 9]
+        sums = maps.flatten(2) @ seen  # [N, C, 9]
+        return F.linear(sums.flatten(1) / (height * width), self.weight.flatten(1), self.bias)
+
+
+def seen_by_tap(size: int, like: Tensor) -> Tensor:
+    """[size, 3] of 0 and 1: over a line with padding 1, the first tap never sees the last entry, nor the last tap the
+    first."""
+    seen = like.new_ones(size, 3)
+    seen[-1, 0] = seen[0, 2] = 0
+    return seen
 
 
 def head_classes(class_counts: Sequence[int] | Tensor, head_tail_ratio: float) -> Tensor:

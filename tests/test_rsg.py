@@ -11,7 +11,7 @@ from models.backbones import Backbone, torchvision_resnet
 from models.classifier import LongTailClassifier
 from models.heads import ArcFaceHead, NormedLinear
 from rsg import RareSampleGenerator, add_rsg_flags, build_generator
-from rsg.generator import head_classes, sample_pairs
+from rsg.generator import MeanOfConv2d, head_classes, sample_pairs
 
 COUNTS = [50, 20, 10, 5, 2]  # class 0 is the head class
 
@@ -43,6 +43,14 @@ def plain_centre_loss(module, maps, targets):
 def nearest_center(module, row, target):
     scores = row.mean((1, 2)) @ module.assignment_weight[target] + module.assignment_bias[target]
     return module.centers[target, scores.argmax()].detach()
+
+
+def same_or_different(module, first, second):
+    """The contrastive module's two logits of a pair of maps [C, H, W], layer by layer."""
+    reduce, _, conv, linear = module.contrast
+    hidden = F.conv2d(torch.cat([first, second])[None], reduce.weight, reduce.bias).relu()
+    hidden = F.conv2d(hidden, conv.weight, conv.bias, padding=1)
+    return hidden.mean((2, 3)) @ linear.weight.T + linear.bias
 
 
 def pairs_in_a_loop(targets, strength, head_class=0):
@@ -171,9 +179,20 @@ def test_the_contrast_loss_is_a_loop_over_pairs_of_the_two_halves(targets, shift
     half, losses = len(targets) // 2, []
     for i in range(half):
         partner = half + (i - shift) % half
-        answer = module.contrast(torch.cat([maps[i], maps[partner]])[None])
+        answer = same_or_different(module, maps[i], maps[partner])
         losses.append(F.cross_entropy(answer, (targets[i] == targets[partner]).long()[None]))
     torch.testing.assert_close(module.contrast_loss(maps, targets), torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 1), (3, 2), (5, 7)])
+def test_the_mean_of_a_convolution_is_that_of_its_output_with_the_same_gradients(size):
+    layer = MeanOfConv2d(4, 6).double()
+    maps = torch.randn(3, 4, *size, dtype=torch.double, requires_grad=True)
+    plain = F.conv2d(maps, layer.weight, layer.bias, padding=1).mean((2, 3))
+    direction, inputs = torch.randn_like(plain), (maps, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(maps), plain)
+    gradients = [torch.autograd.grad(output, inputs, direction) for output in (layer(maps), plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_two_views_of_the_same_images_are_not_paired_with_each_other():
@@ -266,7 +285,7 @@ def test_the_mv_loss_is_a_loop_over_pairs_and_positions(targets):
         variation = maps[head] - nearest_center(module, maps[head], targets[head])[:, None, None]
         tail_variation = maps[tail] - nearest_center(module, maps[tail], targets[tail])[:, None, None]
         made = module.transform(variation[None])[0]
-        answer = module.contrast(torch.cat([maps[head], made])[None])
+        answer = same_or_different(module, maps[head], made)
         total += F.cross_entropy(answer, torch.tensor([0]))  # "different"
         for y in range(2):
             for x in range(2):
