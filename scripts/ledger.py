@@ -60,7 +60,7 @@ CIFAR100 = {
 }
 ORIGINAL = {"original": Row("LDAM, SupCon, RSG on ResNeXt-50 at 224 px")}
 ANY_FOLDER = {
-    "any_folder_ce": Row("cross-entropy on a Linear head, all else as any_folder", "any_folder"),
+    "any_folder_ce": Row("the baseline of any_folder: cross-entropy on Linear", "any_folder"),
     "any_folder": Row("logit-adjusted CE on NormedLinear"),
 }
 PAGE_ROWS = {  # name of the data's folder: its rows; any other folder has those of ANY_FOLDER
