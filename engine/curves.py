@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+GENERATOR_LOSSES = ("loss_centre", "loss_contrast", "loss_mv")
+
 
 class Curve(NamedTuple):
     """A line over the epochs; positions in per cent of the plot, ticks as (position, text)."""
@@ -15,24 +17,30 @@ class Curve(NamedTuple):
     y_ticks: list[tuple[float, str]]
 
 
-def loss_curve(log: list[dict]) -> Curve | None:
-    """Training loss, on a logarithmic axis when it falls by more than a factor of 20."""
+def loss_curves(log: list[dict]) -> list[Curve]:
+    """The training loss, or with RSG each part of it that trains the network: the total is next to nothing but the
+    centre loss, which does not."""
+    titles = {"train_loss": "Training loss"}
+    if log and "loss_centre" in log[0]:
+        parts = [key for key in log[0] if key.startswith("loss_") and key not in GENERATOR_LOSSES]
+        titles = {key: f"Training loss {key.removeprefix('loss_')}, before its factor" for key in parts} or titles
+    return [loss_curve(values, title) for key, title in titles.items() if (values := logged(log, key))]
+
+
+def loss_curve(values: dict[int, float], title: str) -> Curve:
+    """On a logarithmic axis when it falls by more than a factor of 20."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    values = logged(log, "train_loss")
-    if not values:
-        return None
     low, high = min(values.values()), max(values.values())
     if low > 0 and high / low > 20:
         span = math.log(high / low)
         ticks = [(100 * math.log(t / low) / span, t) for t in LogLocator(numticks=5).tick_values(low, high)]
         heights = [100 * math.log(value / low) / span for value in values.values()]
-        title = "Training loss, logarithmic"
+        title = f"{title}, logarithmic"
     else:
         low, high = min(low, 0.0), max(high, 0.0) or 1.0
         ticks = [(100 * (t - low) / (high - low), t) for t in MaxNLocator(4).tick_values(low, high)]
         heights = [100 * (value - low) / (high - low) for value in values.values()]
-        title = "Training loss"
     ticks = [(at, f"{value:g}") for at, value in ticks if -0.01 <= at <= 100.01]
     return curve(title, list(values), heights, [f"{value:.4g}" for value in values.values()], ticks)
 

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from data.images import read_image
-from engine.curves import accuracy_curve, loss_curve
+from engine.curves import accuracy_curve, loss_curves
 from engine.errors import Refused
 from engine.files import write_atomically
 from engine.flags import command_line
@@ -91,7 +91,7 @@ def write_page(
         num_wrong=int((predictions.targets != predictions.predicted).sum()),
         bins=reliability(predictions),
         feature_map=data_uri("png", feature_map.read_bytes()) if feature_map else None,
-        curves=[curve for curve in (loss_curve(log), accuracy_curve(log)) if curve],
+        curves=[*loss_curves(log), *filter(None, [accuracy_curve(log)])],
         about=about(result, record),
         flags={flag: (plain_text(value), value != defaults.get(flag)) for flag, value in record["flags"].items()},
         commands=[training_command(record, defaults), command],

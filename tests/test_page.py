@@ -286,6 +286,15 @@ def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis(tmp_path):
     assert "Training loss, logarithmic" in page.text
 
 
+def test_a_run_with_the_generator_shows_the_losses_that_train_the_network(tmp_path):
+    parts = {"loss_ldam_main": 2.0, "loss_supcon": 1.5, "loss_centre": 9e4, "loss_contrast": 0.7, "loss_mv": 0.0}
+    page, _ = write(tmp_path, **FOUR, log=[{"epoch": 0, "train_loss": 9002.0} | parts])
+    said = " ".join(a["aria-label"] for a in page.all("svg"))
+    assert "Training loss ldam_main, before its factor: 2 in epoch 0" in said
+    assert "Training loss supcon, before its factor: 1.5 in epoch 0" in said
+    assert said.count("Training loss") == 2
+
+
 def test_synthetic_images_are_shown_by_class(tmp_path):
     page, _ = write(tmp_path, **FOUR, synthetic_counts=[0, 0, 0, 21])
     assert page.tables[0][4][:4] == ["class 3", "few", "28", "21 (75 %)"]
