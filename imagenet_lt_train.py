@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
     torch.manual_seed(seed)
     model = build_model(args, folders.class_counts, with_generator=args.add_rsg)
-    if args.weights and not run.record:
+    if args.weights and not saved:
         for mismatch in load_backbone_weights(model.backbone, args.weights):
             say(f"{args.weights}: {mismatch}")
     model = distributed.with_synchronized_statistics(model, args.sync_bn, device)

@@ -91,6 +91,8 @@ def check_data_flags(args: argparse.Namespace) -> list[str]:
     warnings = []
     if args.drs_epoch is not None and args.sampler == "uniform":
         warnings.append("--drs_epoch changes nothing: --sampler uniform is in force before it, too")
+    if args.drs_epoch is not None and resolved_epoch(args, "drs_epoch") >= args.epochs:
+        warnings.append(f"DRS never begins: --drs_epoch {args.drs_epoch}, but the last epoch is {args.epochs - 1}")
     if not args.synthetic_weight and (args.count_synthetic or args.synthetic_dir):
         warnings.append("--count_synthetic and --synthetic_dir change nothing: --synthetic_weight is 0")
     return warnings

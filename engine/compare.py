@@ -59,8 +59,11 @@ class Pair(NamedTuple):
 
 
 def what_is_missing(folder: Path) -> str | None:
-    """``unfinished`` or ``untested`` (also when training went on after the test); None of a run with all its files."""
+    """``unfinished``, ``untested`` (also when training went on after the test), or another reason why a run cannot be
+    compared; None of one that can."""
     record, rows = read_record(folder), read_log(folder)
+    if "tau" in record:
+        return "a rescaled classifier, without a training to compare"
     flags = argparse.Namespace(**record["flags"])
     num_batches = len(batch_bounds(training_images(record), flags.batch_size, smallest=2))
     if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):

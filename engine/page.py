@@ -258,6 +258,10 @@ def plain_text(value: object) -> str:
 
 
 def training_command(record: dict, defaults: dict) -> str:
-    """What trains the run again from the start, with the seed that was drawn."""
+    """What makes the run again from the start, with the seed that was drawn."""
+    if "tau" in record:
+        own = {flag: record[flag] for flag in ("parent_weights", "tau")} | {"run_name": record["flags"]["run_name"]}
+        words = {"model_dir": record["parent"], "method": "tau"} | own
+        return command_line("scripts/retrain_classifier.py", words, {})
     flags = record["flags"] | {"seed": record["seed"], "resume": False, "overwrite": False}
     return command_line("imagenet_lt_train.py", flags, defaults)

@@ -44,6 +44,8 @@ class Predictor:
             raise Refused(
                 f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
             )
+        if args.test_prior and "tau" in self.record:
+            raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
         self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
         tensors, self.epoch = read_weights(run, self.weights)
         self.model_prior = model_prior(flags, counts, self.head, self.epoch)

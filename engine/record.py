@@ -61,7 +61,7 @@ def new_record(
         **synthetic,
         "parameters": sum(size for name, size in sizes.items() if name.startswith(("backbone.", "heads."))),
         "generator_parameters": generator,
-        "objective": str(build_objective(args, folders.class_counts)),
+        "objective": str(build_objective(args, folders.class_counts, args.epochs - 1)),
         "precision": str(amp_dtype or torch.float32).removeprefix("torch."),
         "channels_last": channels_last,
         "compiled": args.compile,
@@ -169,7 +169,7 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         lines.append("           train accuracy: how much of a mixed image is of the predicted class")
     if args.ema_decay is not None:
         lines.append(f"           judged and saved: mean of the weights over the updates, decay {args.ema_decay:g}")
-    if args.drw_epoch is not None:
+    if str(build_objective(args, folders.class_counts, epoch=0)) != record["objective"]:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
         first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)

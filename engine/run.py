@@ -78,6 +78,10 @@ class RunFolder:
                     f"--run_name names another"
                 )
             self.record = read_record(self.path)
+            if "tau" in self.record:
+                raise Refused(
+                    f"{self.path} holds a rescaled classifier, with which no training goes on; give another --run_name"
+                )
             self._check_flags(args)
         foreign = [name for name in RUN_FILES if (self.path / name).exists()]
         if foreign and not self.had_run:

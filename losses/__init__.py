@@ -111,12 +111,10 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
     """Warnings about doubtful combinations, also with the last epoch's ``sampler``; `Refused` when no loss is on."""
-    on = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
+    on = losses_on(args)
     if not 0 <= args.cbl_beta < 1:
         raise Refused(f"--cbl_beta {args.cbl_beta:g} is out of range: at least 0 and below 1")
-    factors = [getattr(args, f"{name}_loss_weight") for name in on]
-    factors += [args.supcon_loss_weight] if args.add_supcon_loss else []
-    if not any(factors) and (factors or not margin_heads_on(args)):
+    if predicts_by_class_means(args) and not (args.add_supcon_loss and args.supcon_loss_weight):
         raise Refused("no loss is on with a weight above 0; add one, for example --add_cross_entropy_loss")
     if args.supcon_balance and not args.add_supcon_loss:
         raise Refused("--supcon_balance is about SupCon, which is off; leave it out or give --add_supcon_loss")
@@ -146,6 +144,12 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             f"corrected twice: the logit-adjusted loss and --logit_adjusted_weight_type "
             f"{args.logit_adjusted_weight_type} both make up for rare classes"
         )
+    if args.drw_epoch is not None and not weighted:
+        warnings.append("--drw_epoch changes nothing: no loss that is on has class weights; see --ldam_weight_type")
+    elif args.drw_epoch is not None and resolved_epoch(args, "drw_epoch") >= args.epochs:
+        warnings.append(
+            f"class weights never begin: --drw_epoch {args.drw_epoch}, but the last epoch is {args.epochs - 1}"
+        )
     if args.label_smoothing and not (set(on) - {"focal"} or (not on and margin_heads_on(args))):
         warnings.append(
             "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
@@ -155,15 +159,20 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
 
 def predicts_by_class_means(args: argparse.Namespace) -> bool:
     """Whether no loss trains a classifier, so that the nearest class mean must predict."""
-    return not margin_heads_on(args) and not any(getattr(args, f"add_{name}_loss") for name in CLASSIFICATION_LOSSES)
+    return not margin_heads_on(args) and not losses_on(args)
+
+
+def losses_on(args: argparse.Namespace) -> list[str]:
+    """Names of the classification losses that are on; a factor of 0 switches a loss off, too."""
+    names = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
+    return [name for name in names if getattr(args, f"{name}_loss_weight")]
 
 
 def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch: int | None = None) -> Objective:
-    """The objective in force in ``epoch`` (default: the last): before ``--drw_epoch`` all class weights are 1."""
+    """The objective in force in ``epoch`` (None: when all has begun): before ``--drw_epoch`` class weights are 1."""
     deferred = epoch is not None and args.drw_epoch is not None and epoch < resolved_epoch(args, "drw_epoch")
     heads = ["main", *margin_heads_on(args)]
-    names = [name for name in CLASSIFICATION_LOSSES if getattr(args, f"add_{name}_loss")]
-    if names:
+    if names := losses_on(args):
         head_terms = [
             _head_term(args, name, head, class_counts, "none" if deferred else getattr(args, f"{name}_weight_type"))
             for head in heads

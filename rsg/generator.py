@@ -141,7 +141,7 @@ class RareSampleGenerator(nn.Module):
 class MeanOfConv2d(nn.Conv2d):
     """The mean over positions of what a 3 x 3 convolution with padding 1 gives: maps [N, C, H, W] to [N, D].
 
-    Both are linear, so each tap is applied to the sum of the positions that it sees instead of to each of them: C D
+    Both are linear, so a tap is applied once, to the mean of what it sees, instead of at every position: C D
     multiplications for an image and tap instead of C D H W.
     """
 
@@ -150,9 +150,11 @@ class MeanOfConv2d(nn.Conv2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         height, width = maps.shape[2:]
-        seen = torch.kron(seen_by_tap(height, maps), seen_by_tap(width, maps))  # [H W, 9]
-        sums = maps.flatten(2) @ seen  # [N, C, 9]
-        return F.linear(sums.flatten(1) / (height * width), self.weight.flatten(1), self.bias)
+        like = self.weight  # its dtype and device
+        seen = torch.kron(seen_by_tap(height, like), seen_by_tap(width, like)) / (height * width)  # [H W, 9]
+        with torch.autocast(maps.device.type, enabled=False):  # in float16 the sums could be infinite
+            means = maps.flatten(2).to(seen.dtype) @ seen  # [N, C, 9]
+        return F.linear(means.flatten(1), self.weight.flatten(1), self.bias)
 
 
 def seen_by_tap(size: int, like: Tensor) -> Tensor:

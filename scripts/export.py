@@ -114,7 +114,7 @@ def description(predictor: Predictor) -> dict:
 def images_are_gone(args: argparse.Namespace, flags: dict) -> bool:
     """Whether the run's own data lack --split, and no other data are named."""
     named = args.data_dir or args.list_dir or flags["list_dir"]
-    return not named and not (Path(flags["data_dir"]) / args.split).is_dir()
+    return not named and not any((Path(flags["data_dir"]) / name).exists() for name in (args.split, "train.txt"))
 
 
 @one_line_errors

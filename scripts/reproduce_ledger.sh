@@ -28,7 +28,8 @@ for row in ${ROWS:-$rows}; do
 done
 code=0
 python scripts/sweep.py ledger "$settings" "$@" || code=$?
-if [[ ! " $*" =~ \ (--help|-h|--list|--line) ]] && ((code < 2)); then # 1: some runs failed, the others count
+if [[ ! " $* " =~ \ (--help|-h|--list|--line)\  ]] && ((code < 2)); then # 1: some runs failed, the others count
+    shopt -s nullglob
     python scripts/ledger.py checkpoint/ledger_*
 fi
 exit $code

@@ -23,15 +23,30 @@ from data.folders import read_image_folders
 from engine import distributed, files
 from engine.console import say
 from engine.errors import Refused, one_line_errors
-from engine.evaluate import predict
+from engine.evaluate import default_head, predict
 from engine.flags import Parser, number_in
 from engine.metrics import shot_groups, summary
+from engine.options import train_parser
 from engine.record import code_commit, plain_flags, read_record
 from engine.run import RunFolder, default_weights, find_run, load_run, pixels_of, read_weights, save_weights
 
 CRT = "--add_cross_entropy_loss --add_ldam_loss False --add_supcon_loss False --add_rsg False --sampler balanced "
 CRT += "--freeze_backbone --epochs 10 --lr 0.1 --lr_schedule cosine"
-OF_THE_PARENT = ("data_dir", "list_dir", "arch", "stem", "norm_out", "norm_scale", "normalize", "hflip", "batch_size")
+OF_THE_PARENT = (
+    *("data_dir", "list_dir", "synthetic_weight", "synthetic_dir", "count_synthetic"),
+    *("arch", "stem", "norm_out", "norm_scale", "normalize", "hflip", "batch_size"),
+)
+FOR_TAU = {
+    "run_name",
+    "root_log",
+    "overwrite",
+    "data_dir",
+    "list_dir",
+    "batch_size",
+    "workers",
+    "cache_limit",
+    "device",
+}
 TAUS = np.arange(0, 2.01, 0.1).round(1)
 
 
@@ -56,6 +71,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.parent = find_run(args.model_dir, args.root_model)
     args.parent_weights = args.parent_weights or default_weights(args.parent)
     args.training = imagenet_lt_train.parse_args(training_flags(args) + rest)
+    if args.method == "crt" and args.tau is not None:
+        raise Refused("--tau is for --method tau; crt trains a new classifier")
+    told = vars(train_parser().parse_args(training_flags(args)))
+    changed = [flag for flag, value in vars(args.training).items() if value != told[flag] and flag not in FOR_TAU]
+    if args.method == "tau" and changed:
+        raise Refused(f"--{changed[0]} is for --method crt; tau only rescales")
     return args
 
 
@@ -78,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
 def rescale(args: argparse.Namespace) -> None:
     """The tau-normalised run: the parent's weights with the main head's rescaled."""
     record, device = read_record(args.parent), distributed.start(args.training.device)
+    if default_head(record["flags"]) == "ncm":
+        raise Refused(f"{args.parent} predicts with its nearest class mean: no loss trained a head; try --method crt")
     if record["flags"]["norm_out"]:
         raise Refused(f"{args.parent} has a NormedLinear head, whose weights have no norm to rescale; try --method crt")
     run = RunFolder(args.training)
@@ -102,6 +125,7 @@ def rescale(args: argparse.Namespace) -> None:
         head.bias.zero_()
     own = {name: plain_flags(args.training)[name] for name in ("run_name", "root_model", "root_log")}
     record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
+    record |= {"parent_weights": args.parent_weights}
     record |= {"tau": tau, "val_balanced_accuracy_by_tau": scores}
     with files.locked(run.path):
         run.check_unchanged()

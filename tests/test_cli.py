@@ -142,6 +142,22 @@ def test_a_generator_that_never_starts_is_a_warning(capsys):
     assert "RSG never generates" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        ("--drw_epoch 20", "class weights never begin"),
+        ("--drw_epoch 19", None),
+        ("--drw_epoch 0.8 --ldam_weight_type none", "--drw_epoch changes nothing"),
+        ("--drs_epoch 20 --ldam_weight_type none", "DRS never begins"),
+        ("--drs_epoch 19 --ldam_weight_type none", None),
+    ],
+)
+def test_deferred_weights_and_samplers_that_never_begin_are_a_warning(words, warning, capsys):
+    imagenet_lt_train.parse_args(["--epochs", "20", *words.split()])
+    said = capsys.readouterr().err
+    assert warning in said if warning else not said
+
+
 def test_correcting_twice_is_a_warning(capsys):
     imagenet_lt_train.parse_args(["--sampler", "balanced"])
     assert "corrected twice" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The ONNX file against the test script, on a run that the entry scripts leave."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_without_images_the_model_is_written_unchecked_and_nothing_of_the_genera
     assert b"heads.main.weight" in content
     for other in (b"generator", b"heads.arc", str(ROOT).encode()):
         assert other not in content
+
+
+def test_listed_images_are_not_taken_for_gone(tmp_path):
+    args, flags = (
+        argparse.Namespace(data_dir=None, list_dir=None, split="test"),
+        {"data_dir": tmp_path, "list_dir": None},
+    )
+    assert export.images_are_gone(args, flags)
+    (tmp_path / "train.txt").touch()
+    assert not export.images_are_gone(args, flags)
 
 
 def test_a_model_that_answers_otherwise_is_not_written(run, monkeypatch, capsys):

@@ -15,7 +15,15 @@ from engine.record import code_commit
 from scripts import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
-ENTRY = {"row": "cifar_rsg", "data": "CIFAR10", "split": "abc", "epochs": 30, "of_epochs": 200, "seed": 0}
+ENTRY = {
+    "row": "cifar_rsg",
+    "data": "CIFAR10",
+    "split": "abc",
+    "imbalance": 100.0,
+    "epochs": 30,
+    "of_epochs": 200,
+    "seed": 0,
+}
 ENTRY |= {"last": {"balanced_accuracy": 0.6, "many": 0.7, "medium": 0.5}, "chosen_on_val": None, "parameters": 470_000}
 ENTRY |= {
     "seconds_per_epoch": 20.0,
@@ -84,6 +92,11 @@ def test_a_row_that_is_measured_on_other_data_is_shown_without_a_published_figur
     assert "CIFAR10_ir50" not in ledger.PAGE_ROWS
 
 
+def test_a_published_figure_stands_beside_runs_of_its_imbalance_alone():
+    ten = [other(seed, 0.5, imbalance=10.0) for seed in (0, 1)]
+    assert [table_of(ledger.page(runs), "cifar_rsg")[0][2][:5] for runs in ([ENTRY], ten)] == ["79.95", "-"]
+
+
 def test_what_nobody_measured_says_so():
     text = ledger.page([ENTRY])
     assert {cells[3] for name in ("cifar_best", "original") for cells in table_of(text, name)} == {"not measured"}
@@ -118,7 +131,10 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     assert "untested" in capsys.readouterr().err
     test = ["--model_dir", str(tmp_path / "any_folder_seed3")]
     imagenet_lt_test.main(imagenet_lt_test.parse_args([*test, "--data_dir", str(other_images(tiny_dataset))]))
-    assert "tested on other data" in refusal(tmp_path, capsys)
+    assert "tested on other data" in refusal(tmp_path / "any_folder_seed3", capsys)
+    ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))  # as one of a sweep it stops no other
+    assert "tested on other data" in capsys.readouterr().err
+    assert (tmp_path / "ledger.jsonl").read_text() == ""
     result = imagenet_lt_test.main(imagenet_lt_test.parse_args(test))
     for _ in range(2):
         ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
@@ -138,8 +154,8 @@ def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, 
     words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --root_log {tmp_path}/log --seed 0 --max_steps 1"
     imagenet_lt_train.main(imagenet_lt_train.parse_args(f"{words} --arch resnet32 --run_name mine".split()))
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "mine")]))
-    assert "mine is not named after a row" in refusal(tmp_path, capsys)
-    assert not (tmp_path / "ledger.jsonl").exists()
+    assert "mine is not named after a row" in refusal(tmp_path / "mine", capsys)
+    assert not (tmp_path / "mine" / "ledger.jsonl").exists()
 
 
 def test_a_flag_that_no_command_takes_back_is_refused():

@@ -331,6 +331,7 @@ def test_a_beta_out_of_range_is_refused(beta):
     ("words", "warning"),
     [
         ("--add_ldam_loss 0", "nearest class mean"),
+        ("--ldam_loss_weight 0", "nearest class mean"),
         ("--norm_out False", "Linear head"),
         ("", None),
         ("--add_ldam_loss 0 --add_arc_margin_loss", None),
@@ -347,6 +348,7 @@ def test_doubtful_flags_warn(words, warning):
 
 def test_class_means_predict_when_no_loss_trains_a_classifier():
     assert predicts_by_class_means(flags("--add_ldam_loss 0"))
+    assert predicts_by_class_means(flags("--ldam_loss_weight 0"))
     assert not predicts_by_class_means(flags("--add_ldam_loss 0 --add_sphere_loss"))
     assert not predicts_by_class_means(flags())
 

@@ -66,6 +66,17 @@ def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, m
     assert_same(whole, resumed)
 
 
+def test_a_run_killed_before_its_first_state_begins_with_its_weights_again(tmp_path, tiny_dataset):
+    parent = train(tmp_path / "parent", tiny_dataset, "--max_steps", "1", "--seed", "8")
+    more = ("--weights", str(parent / "last.safetensors"), "--freeze_backbone")
+    whole = train(tmp_path / "whole", tiny_dataset, *more)
+    killed = tmp_path / "killed" / "run"
+    killed.mkdir(parents=True)
+    shutil.copy(whole / "args.json", killed)
+    train(tmp_path / "killed", tiny_dataset, *more, "--resume")
+    assert_same(whole, killed)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, signal_number):
     whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1")

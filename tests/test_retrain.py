@@ -1,6 +1,7 @@
 """A second stage on a saved run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from safetensors.torch import load_file
 
 import imagenet_lt_test
 import imagenet_lt_train
+from engine.compare import what_is_missing
 from scripts import retrain_classifier
 
 BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
+PRIOR, GO_ON = ("--test_prior", "uniform"), ("--run_name", "parent_tau", "--resume")
 LINEAR = "--norm_out False --add_ldam_loss False --add_cross_entropy_loss"
 
 
@@ -71,6 +74,44 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     with pytest.raises(SystemExit, match="2"):
         retrain(tmp_path, "--method", "tau")
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_rescaled_run_says_how_it_was_made_and_is_not_taken_for_a_training(tmp_path, tiny_dataset, capsys):
+    trained(tmp_path, tiny_dataset, LINEAR)
+    retrain(tmp_path, "--method", "tau", "--tau", "0.5", "--parent_weights", "last")
+    run = tmp_path / "parent_tau"
+    before = load_file(run / "last.safetensors")
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run)]))
+    page = re.sub("<[^>]*>", "", (run / "test" / "report.html").read_text())
+    command = "python scripts/retrain_classifier.py --model_dir PARENT --method tau --parent_weights last --tau 0.5"
+    assert command.replace("PARENT", str(tmp_path / "parent")) in page
+    assert what_is_missing(run) == "a rescaled classifier, without a training to compare"
+    flags = ["--data_dir", str(tiny_dataset), *places(tmp_path), *BASE.split(), *LINEAR.split()]
+    for call, words in (
+        (lambda: imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), *PRIOR])), "no prior"),
+        (lambda: imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, *GO_ON])), "no training goes on"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            call()
+        assert words in capsys.readouterr().err
+    assert all(torch.equal(value, before[name]) for name, value in load_file(run / "last.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    ("parent", "words", "error"),
+    [
+        (LINEAR, "--method tau --epochs 30", "--epochs is for --method crt"),
+        (LINEAR, "--method tau --resume", "--resume is for --method crt"),
+        (LINEAR, "--tau 1", "--tau is for --method tau"),
+        ("--norm_out False --add_ldam_loss False --add_supcon_loss", "--method tau", "no loss trained a head"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(tmp_path, tiny_dataset, parent, words, error, capsys):
+    trained(tmp_path, tiny_dataset, f"--max_steps 1 {parent}")
+    with pytest.raises(SystemExit, match="2"):
+        retrain(tmp_path, *words.split())
+    assert error in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("parent_*")] == []
 
 
 def test_tau_is_refused_for_a_head_without_norms(tmp_path, tiny_dataset, capsys):

@@ -269,7 +269,10 @@ def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys)
     assert "run waits for another process" in capsys.readouterr().out
 
 
-def test_a_slurm_array_task_runs_its_line(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "data"), [("ablate_rsg", "DATA"), ("ledger", "CIFAR10"), ("ablate_synthetic", "DATA")]
+)
+def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
     """With an ``srun`` that runs what it is given, as Slurm's does on the node."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/sh\nexec "$@"\n')
@@ -277,11 +280,13 @@ def test_a_slurm_array_task_runs_its_line(tmp_path):
     arguments = words_of(
         tmp_path / "bin",
         "scripts/slurm.sbatch",
-        "scripts/ablate_rsg.sh",
-        "DATA",
+        f"scripts/{'reproduce_ledger' if name == 'ledger' else name}.sh",
+        data,
         "--seeds",
         "5",
         SLURM_ARRAY_TASK_ID="3",
     )
     args = sweep.parse_args(arguments)
-    assert (args.sweep, args.line, args.data_dir, args.seeds) == ("ablate_rsg", 3, Path("DATA"), [5])
+    assert (args.sweep, args.line, args.data_dir, args.seeds) == (name, 3, Path(data), [5])
+    assert ("cifar_rsg" in args.settings) == (name == "ledger")
+    assert args.settings.get("img2img", ["DATA/synthetic_img2img"])[-1] == "DATA/synthetic_img2img"
