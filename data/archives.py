@@ -40,6 +40,8 @@ def unpack(archive: Path, folder: Path) -> None:
             raise Refused(f"{archive} is neither a tar nor a zip archive; give one, or the unpacked folder")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError) as error:
         raise Refused(f"{archive} is damaged ({error}); get it again") from None
+    except RuntimeError as error:  # of zipfile: a password, or a compression that it does not know
+        raise Refused(f"{archive} cannot be unpacked ({error}); unpack it and give the folder") from None
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
@@ -51,7 +53,8 @@ def unpack_tar(archive: Path, folder: Path) -> None:
 
 def unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
-        for member in tqdm(file.infolist(), f"unpacking {archive.name}", unit="file", disable=None, leave=False):
+        members = [member for member in file.infolist() if not member.filename.startswith("__MACOSX/")]
+        for member in tqdm(members, f"unpacking {archive.name}", unit="file", disable=None, leave=False):
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was made without Unix modes
             refuse_foreign(archive, member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)

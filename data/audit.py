@@ -101,13 +101,13 @@ def near_duplicate_findings(names: list[str], inspected: list[Inspected], limit:
     """Pairs that look alike without being equal; across splits they are named first."""
     if len(names) > limit:
         return [Finding(NOTE, f"near-duplicates are not searched among more than {limit} images; see --near_limit")]
-    readable = [index for index, image in enumerate(inspected) if not image.error]
+    first = {image.digest: index for index, image in reversed(list(enumerate(inspected))) if not image.error}
+    readable = sorted(first.values())  # one of equal files, which are reported as such
     if not readable:
         return []
     pairs = [
         (names[readable[i]], names[readable[j]])
         for i, j in near_duplicates(np.stack([inspected[index].thumbnail for index in readable]))
-        if inspected[readable[i]].digest != inspected[readable[j]].digest
     ]
     across = [f"{one} ~ {other}" for one, other in pairs if one.split("/")[0] != other.split("/")[0]]
     within = [f"{one} ~ {other}" for one, other in pairs if one.split("/")[0] == other.split("/")[0]]

@@ -61,6 +61,8 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
     )
     if len(order) <= 120:
         names = {**MINI_IMAGENET_NAMES, **readable}
-        axes.set_xticks(range(len(order)), [names.get(name, name) for name in order], rotation=90, fontsize=7)
+        axes.set_xticks(
+            range(len(order)), [names.get(name, name) for name in order], rotation=90, fontsize=7, parse_math=False
+        )
     axes.legend()
     figure.savefig(path, dpi=120)

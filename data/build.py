@@ -131,15 +131,23 @@ def build_pixels(args: argparse.Namespace, folders: ImageFolders) -> Pixels:
     pixels = Pixels(args.img_size or own_size(paths) or 224)
     if args.normalize == "imagenet":
         return pixels
-    raw = pixels._replace(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    loader = build_evaluation_loader(args, folders.splits["train"], raw, torch.device("cpu"))
-    sums = torch.zeros(2, 3, dtype=torch.float64)
-    for batch in loader:
-        images = batch.images.double()
-        sums += torch.stack([images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)])
-    mean, square = sums / len(paths)
-    std = (square - mean.square()).sqrt().clamp_min(1e-3)
+    own = distributed.together(lambda: channel_sums(args, folders.splits["train"], pixels))
+    number, total, squares = sum(distributed.from_all(own))
+    mean = total / number
+    std = (squares / number - mean.square()).sqrt().clamp_min(1e-3)
     return pixels._replace(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def channel_sums(args: argparse.Namespace, split: Split, pixels: Pixels) -> torch.Tensor:
+    """Over this process's images, by channel: their number, and the sums of their means and of their mean squares
+    ([3, 3], float64)."""
+    raw = pixels._replace(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    sums = torch.zeros(3, 3, dtype=torch.float64)
+    for batch in build_evaluation_loader(args, split, raw, torch.device("cpu")):
+        images = batch.images.double()
+        means = images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)
+        sums += torch.stack([torch.full((3,), float(len(images)), dtype=torch.float64), *means])
+    return sums
 
 
 def build_training_loader(

@@ -1,5 +1,6 @@
 """Real and synthetic images side by side, class by class: what a person looks at before training."""
 
+import contextlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -7,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.folders import ImageFolders
 from data.images import read_image
 from data.transforms import fixed_view
+from engine.errors import Refused
 from engine.files import write_atomically
 
 SIDE, GAP, LINE = 64, 4, 18  # px of an image, between images, of a line of text
@@ -41,5 +43,6 @@ def save_contact_sheet(path: Path, folders: ImageFolders, names: list[str], rows
         text.text((half + 5 * GAP, top), label, "black", font)
         for left, images in ((GAP, real[target]), (half + 5 * GAP, made[target])):
             for column, image in enumerate(images[:COLUMNS]):
-                sheet.paste(fixed_view(read_image(image), SIDE), (left + column * (SIDE + GAP), top + LINE))
+                with contextlib.suppress(Refused):  # its place stays white; the audit names broken images
+                    sheet.paste(fixed_view(read_image(image), SIDE), (left + column * (SIDE + GAP), top + LINE))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))

@@ -163,7 +163,7 @@ def split_hash(folders: ImageFolders) -> str:
     """SHA-256 that names exactly these images in these splits.
 
     Over the sorted lines ``split/class/name sha256(content)``. A ``split.json`` that lists the very same files, none
-    of them newer than itself, carries the hash already; otherwise every file is read.
+    of them changed after itself, carries the hash already; otherwise every file is read.
     """
     names = image_names(
         folders.root,
@@ -176,8 +176,8 @@ def split_hash(folders: ImageFolders) -> str:
     path = folders.root / "split.json"
     recorded = read_json(path, default={})
     if recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str):
-        written = path.stat().st_mtime
-        if all(image.stat().st_mtime <= written + 1 for image in names.values()):
+        written = path.stat().st_ctime  # unlike mtime never that of a file which was copied or moved here
+        if all(image.stat().st_ctime <= written + 1 for image in names.values()):
             return recorded["hash"]
     return hash_of_lines(
         f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
@@ -196,11 +196,14 @@ def synthetic_hash(folders: ImageFolders) -> str:
 
 def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:
     """``split/class/name`` of every (split, class, path). Lists may hold a name twice in a class: then the second is
-    called by its path below ``root``."""
-    names = {}
+    called by its path below ``root``, and a file's repetitions by their number, too."""
+    names, times = {}, Counter()
     for split, class_name, path in images:
         name = f"{split}/{class_name}/{path.name}"
-        names[name if name not in names else f"{split}/{class_name}/{os.path.relpath(path, root)}"] = path
+        if name in names:
+            name = f"{split}/{class_name}/{os.path.relpath(path, root)}"
+        times[name] += 1
+        names[name if name not in names else f"{name} ({times[name]})"] = path
     return names
 
 

@@ -1,5 +1,6 @@
 """Any image file as a person sees it: upright, on white where it is transparent, 8-bit RGB."""
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def read_image(path: Path, at_least: int | None = None) -> Image.Image:
 
 def as_seen(image: Image.Image) -> Image.Image:
     """``image`` turned as its EXIF tag says, in 8 bits, over white, in RGB."""
-    ImageOps.exif_transpose(image, in_place=True)
+    with contextlib.suppress(Exception):  # a damaged tag, which raises anything, says nothing of the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         return eight_bits(image).convert("RGB")
     if image.has_transparency_data:
@@ -52,7 +54,5 @@ def eight_bits(image: Image.Image) -> Image.Image:
     grey = np.asarray(image, dtype=np.float64)
     if not np.isfinite(grey).all():
         raise ValueError("it holds pixels that are not finite numbers")
-    low, high = 0.0, 65535.0
-    if image.mode == "F" or grey.min() < low or grey.max() > high:
-        low, high = grey.min(), grey.max()
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (grey.min(), grey.max())
     return Image.fromarray(np.rint((grey - low) * (255.0 / max(high - low, 1e-300))).astype(np.uint8))

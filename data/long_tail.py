@@ -65,7 +65,7 @@ def resolved_class_order(order: str, classes: list[str], seed: int) -> tuple[str
         return random_class_order(classes, seed)
     if not Path(order).is_file():
         raise Refused(f"--class_order {order} is neither index, random nor a file with one class name a line")
-    names = tuple(line.strip() for line in Path(order).read_text().splitlines() if line.strip())
+    names = tuple(line.strip() for line in Path(order).read_text(errors="surrogateescape").splitlines() if line.strip())
     odd = sorted(set(names) ^ set(classes))
     if odd or len(names) != len(classes):
         named = odd[0] if odd else next(name for name in names if names.count(name) > 1)
@@ -74,7 +74,7 @@ def resolved_class_order(order: str, classes: list[str], seed: int) -> tuple[str
 
 
 def sha256_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def draw(source: dict[str, Names], profile: Profile) -> dict[str, Names]:

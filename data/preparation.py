@@ -21,6 +21,7 @@ from data.long_tail import Names, Profile
 from engine.errors import Failed, Refused
 from engine.files import read_json
 
+WRITTEN = {*SPLITS, "dataset.json", "split.json", "audit.json", "audit.png"}  # in a folder that was prepared
 Files = dict[str, Path | np.ndarray]  # "split/class/name" -> image file, or uint8 pixels [H, W] or [H, W, 3]
 
 
@@ -35,9 +36,11 @@ def publish(
         for name, images in classes.items()
         for image in images
     }
+    refuse_names_of_paths(drawn)
     if output.exists():
         if holds_exactly(output, files):
             return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}"
+        refuse_to_lose(output)
         if not overwrite:
             raise Refused(f"{output} holds something else; --overwrite replaces it, --output DIR writes elsewhere")
     new = scratch / "new"
@@ -61,7 +64,9 @@ def summary(drawn: dict[str, Names]) -> str:
 @contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside ``output``, ours alone until the end; what a killed run left there is removed first."""
-    scratch, lock = output.with_name(f".{output.name}.part"), None
+    if not output.resolve().name:
+        raise Refused(f"{output} cannot be written; give a folder with --output")
+    scratch, lock = output.resolve().parent / f".{output.resolve().name}.part", None
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         lock = locked(scratch)
@@ -153,8 +158,27 @@ def hard_link(image: Path, target: Path) -> None:
 
 
 def holds_exactly(folder: Path, files: Files) -> bool:
-    """Whether the images in the splits of ``folder`` are those that its ``split.json`` and ``files`` name."""
-    return listed(folder) == set(files) and recorded_hash(folder) == hash_of_files(files)
+    """Whether the images in the splits of ``folder`` are, byte for byte, those of ``files`` and of ``split.json``."""
+    if listed(folder) != set(files):
+        return False
+    return recorded_hash(folder) == hash_of_files(files) == hash_of_files({name: folder / name for name in files})
+
+
+def refuse_names_of_paths(drawn: dict[str, Names]) -> None:
+    """`Refused` for a class or image, from a list or an archive, whose name would lead elsewhere as a path."""
+    names = {name for classes in drawn.values() for item in classes.items() for name in (item[0], *item[1])}
+    if odd := sorted(name for name in names if Path(name).name != name or name[:1] in ("", ".")):
+        raise Refused(f"{odd[0]!r} cannot be the name of a class or image; get the original source, or rename it")
+
+
+def refuse_to_lose(folder: Path) -> None:
+    """`Refused` when replacing ``folder`` would delete what this script did not write."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if lost := sorted(there - WRITTEN if "split.json" in there else there):
+        raise Refused(
+            f"{folder} holds {lost[0]}, which this script did not write and never deletes; move it away, or write "
+            f"elsewhere with --output"
+        )
 
 
 def recorded_hash(folder: Path) -> str | None:
@@ -172,13 +196,12 @@ def listed(folder: Path) -> set[str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def refuse_foreign_output(output: Path, source: Path | None) -> None:
+def refuse_foreign_output(output: Path, sources: list[Path | None]) -> None:
     """`Refused` when writing ``output`` would change or contain what it is made from."""
-    if source is None:
-        return
-    output, source = output.resolve(), source.resolve()
-    if output == source or output in source.parents or source in output.parents:
-        raise Refused(f"{output} and the source {source} lie inside each other; choose another folder with --output")
+    output = output.resolve()
+    for source in [source.resolve() for source in sources if source is not None]:
+        if output == source or output in source.parents or source in output.parents:
+            raise Refused(f"{output} and the source {source} lie inside each other; choose another with --output")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.class_folders import Source, read_class_folders, refuse_unknown_classes
+from data.folders import read_about
 from data.mini_imagenet import read_mini_imagenet
 from data.pickles import load_arrays
 from engine.errors import Refused
@@ -29,7 +30,8 @@ def read_digits() -> Source:
 def read_folder(root: Path) -> Source:
     splits = read_class_folders(root)
     refuse_unknown_classes(splits, root)
-    return Source(splits, {"source": "class folders"}, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
+    about = read_about(root) | {"source": "class folders"}
+    return Source(splits, about, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
 
 
 def read_cifar10(root: Path) -> Source:
@@ -84,10 +86,10 @@ def read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, li
     batch = load_arrays(path)
     pixels, labels, files = (batch.get(k) if isinstance(batch, dict) else None for k in (b"data", key, b"filenames"))
     if (
-        not isinstance(pixels, np.ndarray)
+        not (isinstance(pixels, np.ndarray) and isinstance(labels, list) and isinstance(files, list))
         or pixels.dtype != np.uint8
-        or pixels.shape != (len(labels or []), 3 * 32 * 32)
-        or len(files or []) != len(pixels)
+        or pixels.shape != (len(labels), 3 * 32 * 32)
+        or len(files) != len(pixels)
         or not all(isinstance(label, int) and 0 <= label < num_classes for label in labels)
     ):
         raise Refused(f"{path} does not hold data, {key.decode()} and filenames of one length; get the original file")

@@ -32,6 +32,7 @@ def fixed_view(image: Image.Image, size: int) -> Image.Image:
 
     Above 64 px the short side becomes 256/224 of ``size``, else ``size``; a small square of that size stays as it is.
     """
+    image = middle(image)
     short = short_side(size)
     width, height = image.size
     if min(width, height) != short:
@@ -40,6 +41,14 @@ def fixed_view(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def middle(image: Image.Image, longest: int = 8) -> Image.Image:
+    """The middle of an image whose long side is more than ``longest`` times its short one, which is all of it that
+    `fixed_view` can see: a line of a pixel would be enlarged beyond all memory."""
+    width, height = (min(side, longest * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
 
 
 def short_side(size: int) -> int:

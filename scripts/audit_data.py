@@ -6,7 +6,6 @@ __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolv
 Exit code 1 when something must be acted on. 60,000 images of 32 px take about half a minute on two cores.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from data.audit_report import save_distribution, summary_lines
 from data.folders import read_about
 from data.listing import ACT, listing
 from engine.errors import Failed, Refused, one_line_errors
+from engine.files import write_json
 from engine.flags import Parser, number_in
 
 
@@ -46,10 +46,10 @@ def check(root: Path, list_dir: Path | None, output: Path, workers: int, near_li
     """Print and write the audit of ``root``; returns how many findings must be acted on."""
     readable = read_about(root).get("readable_names", {})
     findings, figures = audit(listing(root, list_dir), workers, near_limit)
-    print("\n".join(summary_lines(root, findings, figures)))
+    print("\n".join(summary_lines(root, findings, figures)).encode(errors="backslashreplace").decode())
     output.mkdir(parents=True, exist_ok=True)
     report = {**figures, "findings": [finding._asdict() for finding in findings]}
-    (output / "audit.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(output / "audit.json", report)
     save_distribution(figures["counts"], readable, output / "audit.png")
     return sum(finding.level == ACT for finding in findings)
 

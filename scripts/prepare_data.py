@@ -9,6 +9,7 @@ The same command draws the same images anywhere; the split hash that it prints s
 killed, it leaves nothing that looks whole.
 """
 
+import re
 from pathlib import Path
 
 from data.archives import unpacked
@@ -50,12 +51,22 @@ def parse_args(argv: list[str] | None = None):
 @one_line_errors
 def main(args) -> None:
     path = source_path(args)
-    output = args.output or Path("data") / (SOURCES[args.kind].folder or path.resolve().name.split(".")[0])
-    refuse_foreign_output(output, path)
+    output = args.output or Path("data") / (SOURCES[args.kind].folder or name_of(path))
+    refuse_foreign_output(output, [path, args.ilsvrc])
     with scratch_folder(output) as scratch:
         source = SOURCES[args.kind].read(unpacked(path, scratch / "unpacked"), args.ilsvrc)
         profile = drawing_profile(args, source.profile, sorted(source.splits["train"]))
         print(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
+
+
+def name_of(source: Path) -> str:
+    """Of the data set: that of the folder, or of the archive without its suffixes."""
+    name = source.resolve().name
+    if source.is_file():
+        name = re.sub(r"(\.tar)?\.\w+$", "", name)
+    if not name or name.startswith("."):
+        raise Refused(f"--source {source} has no name for a folder below data/; give one with --output")
+    return name
 
 
 def source_path(args) -> Path | None:
@@ -78,8 +89,22 @@ def source_path(args) -> Path | None:
 
 def drawing_profile(args, defaults: dict, classes: list[str]) -> Profile:
     given = {flag: getattr(args, flag) for flag in DRAW_FLAGS if getattr(args, flag) is not None}
+    for split in ("val", "test"):
+        if f"{split}_fraction" in given and f"{split}_per_class" in given:
+            raise Refused(f"--{split}_fraction and --{split}_per_class say the size of one split twice; give one")
+        if f"{split}_fraction" in given:
+            given[f"{split}_per_class"] = None  # a source's default
     order = resolved_class_order(args.class_order, classes, args.data_seed)
-    return Profile(**{**defaults, **given}, class_order=order, data_seed=args.data_seed)
+    profile = Profile(**{**defaults, **given}, class_order=order, data_seed=args.data_seed)
+    if profile.val_fraction + profile.test_fraction >= 1:
+        raise Refused(
+            f"--val_fraction {profile.val_fraction:g} and --test_fraction {profile.test_fraction:g} leave nothing to "
+            f"train on; their sum is to be below 1"
+        )
+    if profile.imb_type == "none" and (args.imb_factor or args.class_order != "index"):
+        flag = "--imb_factor" if args.imb_factor else "--class_order"
+        raise Refused(f"{flag} changes nothing: the classes keep their sizes; give --imb_type exp or step, too")
+    return profile
 
 
 if __name__ == "__main__":

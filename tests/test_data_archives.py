@@ -152,3 +152,19 @@ def test_a_damaged_pickle_is_refused_by_name(tmp_path, content):
     (tmp_path / "cut").write_bytes(content)
     with pytest.raises(Refused, match="cut is no readable pickle"):
         load_arrays(tmp_path / "cut")
+
+
+def test_what_a_mac_adds_to_a_zip_is_left_out(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for name in ("photos/a/0.png", "__MACOSX/photos/a/._0.png"):
+            file.writestr(name, b"content")
+    assert unpacked(tmp_path / "x.zip", tmp_path / "out") == tmp_path / "out/photos/a"
+
+
+def test_a_zip_with_a_password_is_refused(tmp_path):
+    content = bytearray(zip_with(tmp_path / "x.zip", "a/0.png").read_bytes())
+    content[6] |= 1  # the flag, in the file's own header and in the directory
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(Refused, match="unpack it and give the folder"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")

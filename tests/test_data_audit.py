@@ -1,6 +1,7 @@
 """The audit finds what a test spoils, and nothing where nothing is wrong."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -206,3 +207,24 @@ def test_a_missing_folder_is_refused(tmp_path, capsys):
         main(parse_args([str(tmp_path / "nowhere")]))
     assert exit_.value.code == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_equal_images_are_not_searched_as_pairs(clean):
+    for index in range(400):
+        shutil.copy(clean / "train/cat/0.jpg", clean / f"train/cat/copy_{index}.jpg")
+    _, findings, _ = audit(clean)
+    assert [name for name in findings if "look alike" in name] == []
+    (repeated,) = [files for name, files in findings.items() if "twice" in name]
+    assert "copy_399.jpg" in str(repeated)
+
+
+def test_names_of_any_bytes_and_signs_are_audited(clean, capsys):
+    (clean / "train/dog/0.jpg").write_text("broken")
+    (clean / "train/dog/0.jpg").rename(clean / "train/dog" / os.fsdecode(b"caf\xe9.jpg"))
+    for split in ("train", "val", "test"):
+        (clean / split / "cat").rename(clean / split / "$_$")
+    code, _, report = audit(clean)
+    assert code == 1
+    assert "caf" in capsys.readouterr().out
+    assert report["counts"]["train"] == {"$_$": 6, "dog": 3}
+    assert (clean / "audit.png").is_file()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,24 @@ def test_a_list_folder_without_a_training_list_is_refused(tmp_path):
     root = write_images(tmp_path, {"train/a": 1, "train/b": 1})
     with pytest.raises(Refused, match=r"holds no train\.txt"):
         read_image_folders(root, list_dir=root / "train")
+
+
+def test_a_file_put_in_place_of_another_is_noticed_whatever_its_time(tmp_path):
+    root = write_images(tmp_path, {"train/a": 2, "train/b": 2})
+    names = ["train/a/0.png", "train/a/1.png", "train/b/0.png", "train/b/1.png"]
+    (root / "split.json").write_text(json.dumps({"files": names, "hash": "of the former images"}))
+    assert split_hash(read_image_folders(root)) == "of the former images"
+    time.sleep(1.1)
+    Image.new("RGB", (5, 5)).save(root / "other.png")
+    os.utime(root / "other.png", (0, 0))
+    (root / "other.png").replace(root / names[0])
+    assert split_hash(read_image_folders(root)) != "of the former images"
+
+
+def test_each_repetition_of_a_listed_image_counts(tmp_path):
+    root = write_images(tmp_path, {"a": 1, "b": 1})
+    hashes = set()
+    for times in range(1, 5):
+        write_lists(root, train="a/0.png 0\n" * times + "b/0.png 1\n")
+        hashes.add(split_hash(read_image_folders(root)))
+    assert len(hashes) == 4

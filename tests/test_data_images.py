@@ -123,3 +123,14 @@ def test_a_decompression_bomb_is_refused(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(Refused, match=r"bomb\.png has more than .* pixels: a decompression bomb"):
         read_image(tmp_path / "bomb.png")
+
+
+def test_grey_of_32_bits_is_stretched_also_when_its_values_are_small(tmp_path):
+    Image.fromarray(np.array([[0, 51, 255]], np.int32)).save(tmp_path / "grey.tif")
+    assert pixels(tmp_path / "grey.tif")[0, :, 0].tolist() == [0, 51, 255]
+
+
+def test_damaged_exif_does_not_hide_the_pixels(tmp_path):
+    for suffix in ("png", "webp", "jpg"):
+        Image.new("RGB", (4, 4), (9, 99, 199)).save(tmp_path / f"x.{suffix}", exif=b"garbage " * 9, quality=100)
+        assert np.abs(pixels(tmp_path / f"x.{suffix}") - (9, 99, 199)).max() < 9

@@ -13,7 +13,9 @@ from PIL import Image
 
 from data.folders import read_image_folders, split_hash
 from data.images import read_image
-from scripts.prepare_data import main, parse_args
+from data.preparation import refuse_names_of_paths
+from engine.errors import Refused
+from scripts.prepare_data import main, name_of, parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,6 +113,87 @@ def test_a_missing_image_is_noticed_and_overwrite_brings_it_back(tmp_path, photo
     assert (tmp_path / "out/split.json").read_text() == before
 
 
+def test_a_damaged_image_is_noticed_and_overwrite_mends_it(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    before, path = snapshot(tmp_path / "out"), next((tmp_path / "out/test/c").iterdir())
+    path.write_bytes(b"junk")
+    assert "something else" in error_of(capsys, *words)
+    prepare(*words, "--overwrite")
+    assert {name: content for name, (content, _) in snapshot(tmp_path / "out").items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+
+
+def test_overwrite_deletes_nothing_that_was_added(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    (tmp_path / "out/synthetic").mkdir()
+    assert "holds synthetic, which" in error_of(capsys, *words, "--data_seed", 1, "--overwrite")
+    assert (tmp_path / "out/synthetic").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("photos", "photos"), ("photos.v2", "photos.v2"), ("a.b.tar.gz", "a.b"), ("x.zip", "x")]
+)
+def test_a_data_set_is_named_after_its_source(tmp_path, name, expected):
+    (tmp_path / name).touch() if name.endswith(("gz", "zip")) else (tmp_path / name).mkdir()
+    assert name_of(tmp_path / name) == expected
+
+
+def test_a_source_without_a_name_is_not_written_into_the_folder_of_all_data(tmp_path, photos, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos.rename(tmp_path / ".photos")
+    assert "give one with --output" in error_of(capsys, "folder", "--source", ".photos", "--overwrite")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--imb_factor 50", "--imb_factor changes nothing"),
+        ("--class_order random", "--class_order changes nothing"),
+        ("--val_fraction .6 --test_fraction .4", "leave nothing to train on"),
+        ("--val_fraction .1 --val_per_class 5", "say the size of one split twice"),
+    ],
+)
+def test_flags_that_change_nothing_or_leave_nothing_are_refused(tmp_path, photos, capsys, words, error):
+    output = ["--output", tmp_path / "out"]
+    assert error in error_of(capsys, "folder", "--source", photos, *output, *words.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_given_share_goes_before_a_sources_own_number(tmp_path):
+    prepare("digits", "--val_fraction", 0.5, "--output", tmp_path / "out")
+    assert len(read_image_folders(tmp_path / "out").splits["val"].paths) > 800
+
+
+def test_what_a_source_says_of_itself_is_kept(tmp_path, photos):
+    (photos / "dataset.json").write_text('{"hflip": false, "readable_names": {"a": "Apple"}, "source": "mine"}')
+    prepare("folder", "--source", photos, "--output", tmp_path / "out")
+    folders = read_image_folders(tmp_path / "out")
+    assert not folders.flips
+    assert folders.readable_names == ["Apple", "b", "c"]
+
+
+def test_file_names_are_bytes(tmp_path, photos):
+    (photos / "a/0.png").rename(photos / "a" / os.fsdecode(b"caf\xe9.png"))
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    before = snapshot(tmp_path / "out")
+    prepare(*words)
+    assert snapshot(tmp_path / "out") == before
+    names = [os.fsencode(path.name) for path in (tmp_path / "out").glob("*/a/*")]
+    assert len(names) == 60
+    assert b"caf\xe9.png" in names
+
+
+@pytest.mark.parametrize("names", [{"../../x": ["0.png"]}, {"a": ["b/0.png"]}, {"": ["0.png"]}, {".a": ["0.png"]}])
+def test_names_that_are_paths_are_refused(names):
+    with pytest.raises(Refused, match="cannot be the name"):
+        refuse_names_of_paths({"train": names})
+
+
 def test_changed_source_images_are_noticed(tmp_path, photos, capsys):
     words = ["folder", "--source", photos, "--output", tmp_path / "out"]
     prepare(*words)
@@ -121,7 +204,9 @@ def test_changed_source_images_are_noticed(tmp_path, photos, capsys):
 def test_a_folder_that_was_not_prepared_is_never_touched(tmp_path, photos, capsys):
     (tmp_path / "mine/train").mkdir(parents=True)
     (tmp_path / "mine/train/diary.txt").write_text("mine")
-    assert "--overwrite" in error_of(capsys, "folder", "--source", photos, "--output", tmp_path / "mine")
+    words = ["folder", "--source", photos, "--output", tmp_path / "mine"]
+    for more in ([], ["--overwrite"]):
+        assert "holds train, which this script did not write" in error_of(capsys, *words, *more)
     assert (tmp_path / "mine/train/diary.txt").read_text() == "mine"
     assert not list(tmp_path.glob(".*"))
 

@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import nn
 
+from data.build import build_pixels, read_data
 from engine import distributed
+from engine.options import train_parser
 from losses import (
     BalancedSupConLoss,
     CrossEntropyLoss,
@@ -71,12 +75,21 @@ def history(loss_name: str, rank: int, world: int) -> list[tuple[float, list[tor
     return out
 
 
+def pixels_of_images(folder: str) -> list[float]:
+    """Mean and deviation, by channel, of the images in ``folder``."""
+    flags = ["--data_dir", folder, "--normalize", "dataset", "--img_size", "8", "--workers", "0", "--batch_size", "4"]
+    args = train_parser().parse_args(flags)
+    _, mean, deviation = build_pixels(args, read_data(args))
+    return [*mean, *deviation]
+
+
 def _worker(rank: int, world: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {name: history(name, rank, world) for name in LOSSES}
     results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
+    results["pixels"] = pixels_of_images(folder)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -84,6 +97,11 @@ def _worker(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("gloo")
+    random = np.random.default_rng(0)
+    for index in range(7):
+        path = folder / "train" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
     mp.spawn(_worker, (2, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -102,6 +120,14 @@ def test_two_processes_with_uneven_rows_equal_one(two_processes, name):
 def test_both_processes_have_the_same_gradients(two_processes, name):
     for (_, first), (_, second) in zip(two_processes[0][name], two_processes[1][name], strict=True):
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_the_normalisation_is_that_of_all_images_on_every_process(two_processes, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "gloo0"
+    pixels = np.stack([np.asarray(Image.open(path)) for path in folder.glob("train/*/*.png")]) / 255
+    expected = [*pixels.mean((0, 1, 2)), *pixels.std((0, 1, 2))]
+    for results in two_processes:
+        assert results["pixels"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_gathered_rows_begin_with_the_own_ones(two_processes):

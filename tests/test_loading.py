@@ -535,3 +535,11 @@ def test_decoded_bytes_are_three_a_pixel(tmp_path):
 def test_decoded_bytes_of_a_long_list_are_estimated_from_a_sample(tmp_path):
     paths = write_split(tmp_path, 2, 20).paths * 500
     assert decoded_bytes(paths) == pytest.approx(1000 * 1200, rel=0.02)
+
+
+def test_a_line_of_a_pixel_is_cut_to_its_middle_before_it_is_enlarged():
+    ramp = np.arange(60_000, dtype=np.uint16)[:, None, None] // 256
+    image = Image.fromarray(np.broadcast_to(ramp, (60_000, 1, 3)).astype(np.uint8))
+    view = np.asarray(transforms.fixed_view(image, 224))
+    assert view.shape == (224, 224, 3)
+    assert set(np.unique(view)) == {30_000 // 256}
