@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> None:
     check_data(args, folders)
     run = RunFolder(args)
     saved = read_state(run.path, device) if run.record else None
+    if run.record and not saved:
+        run.refuse_to_lose()
     if saved and saved["finished"]:
         say(f"{run.path} is finished; test it with: python imagenet_lt_test.py --model_dir {run.path}")
         return
@@ -90,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
             run.check_unchanged()
         saved = read_state(run.path, device) if run.record else None
         if saved:
-            run.check_same_data(record)
+            run.check_same_start(record)
             state.load(saved)
         if distributed.is_main():
             run.begin(record, state.epoch, fresh=not saved)
@@ -144,7 +146,7 @@ def fit(
                 state,
                 guard,
                 batches,
-                num_steps,
+                training.sizes[:num_steps],
                 amp_dtype,
                 clip,
                 save_due,

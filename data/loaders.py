@@ -96,6 +96,7 @@ class TrainingLoader:
         self.augment, self.mixup, self.cutmix = augment, mixup, cutmix
         self.policy = next((Policy(name, pixels.size) for name in augment if name in POLICIES), None)
         self.bounds = batch_bounds(len(split.paths), batch_size, smallest=2 * distributed.world_size())
+        self.sizes = [stop - start for start, stop in self.bounds]  # images of each batch, of all processes
         self.pixels, self.seed, self.device, self.flips, self.views = pixels, seed, device, flips, views
         self.small = pixels.size <= transforms.SMALL
         if self.small:

@@ -136,10 +136,15 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _setting(run: Run) -> dict:
-    """What a run was told but for its seed. The images are told by their hash: a folder's path is no setting."""
-    aside = MAY_CHANGE | {"seed", "data_dir", "list_dir"}
+    """What a run was told but for its seed. The images are told by their hash: a folder's path is no setting, and the
+    run whose weights it starts from has a seed in its name."""
+    aside = MAY_CHANGE | {"seed", "data_dir", "list_dir", "synthetic_dir"}
     flags = {flag: value for flag, value in run.record["flags"].items() if flag not in aside}
-    return flags | {"split": run.record["split_hash"][:12]}
+    if parent := run.record.get("parent"):
+        name = Path(parent).name.removesuffix(f"_seed{run.record['seed']}")
+        flags["weights"] = f"{name}/{Path(flags['weights']).name}"
+    made = run.record.get("synthetic_hash")
+    return flags | {"split": run.record["split_hash"][:12], "synthetic_images": made and made[:12]}
 
 
 def _common_name(runs: Sequence[Run]) -> str | None:

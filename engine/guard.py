@@ -48,7 +48,7 @@ class NonFiniteGuard:
             self.poison = torch.where(masked > 0, torch.nan, self.poison)
 
     def before_forward(self, step: int) -> None:
-        if step % self.accumulate_steps == 0:
+        if self.buffers and step % self.accumulate_steps == 0:
             torch._foreach_copy_(self._snapshot(step), self.buffers)
 
     def _snapshot(self, step: int) -> list[Tensor]:
@@ -77,7 +77,8 @@ class NonFiniteGuard:
 
     def restore(self, step: int) -> None:
         """Buffers as they were before the update that ``step``, one of the last two, belongs to."""
-        torch._foreach_copy_(self.buffers, self._snapshot(step))
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self._snapshot(step))
 
     def take_skipped(self) -> Tensor:
         """Updates skipped since the last call, on the device."""

@@ -134,7 +134,8 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the metrics that are means, from rows resampled within their class.
+    """95 % intervals from rows resampled within their class: percentiles of metrics that are means; of macro F1, which
+    resampling lowers, percentiles of its difference from the value, turned round.
 
     Too narrow where classes have few images or hardly a mistake: of balanced accuracies of 3 classes of 20 images they
     hold the truth in 94 % of tests at recalls of 0.7, in 91 % at 0.9 to 0.95, and a flawless test has no width at all
@@ -169,7 +170,10 @@ def bootstrap_intervals(
         }
         for name, value in values.items():
             draws.setdefault(name, []).append(value)
-    return {name: tuple(np.percentile(np.concatenate(values), [2.5, 97.5]).tolist()) for name, values in draws.items()}
+    ends = {name: np.percentile(np.concatenate(values), [2.5, 97.5]) for name, values in draws.items()}
+    f1 = np.nanmean(per_class(confusion_matrix(targets, logits.argmax(axis=1), num_classes))[2])
+    ends["macro_f1"] = np.clip(2 * f1 - ends["macro_f1"][::-1], 0, 1)
+    return {name: tuple(low_and_high.tolist()) for name, low_and_high in ends.items()}
 
 
 def class_mean_logits(features: np.ndarray, class_means: np.ndarray, scale: float) -> np.ndarray:

@@ -48,7 +48,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--clip_grad_norm", type=positive, metavar="N", help="largest gradient norm, generator left out")
     group.add_argument(
-        "--accumulate_steps", type=number_in(1, kind=int), default=1, metavar="N", help="batches of one update"
+        "--accumulate_steps",
+        type=number_in(1, kind=int),
+        default=1,
+        metavar="N",
+        help="batches of one update; SupCon and means by class weights stay those of a batch",
     )
 
 

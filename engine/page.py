@@ -264,4 +264,5 @@ def training_command(record: dict, defaults: dict) -> str:
         words = {"model_dir": record["parent"], "method": "tau"} | own
         return command_line("scripts/retrain_classifier.py", words, {})
     flags = record["flags"] | {"seed": record["seed"], "resume": False, "overwrite": False}
-    return command_line("imagenet_lt_train.py", flags, defaults)
+    command, processes = command_line("imagenet_lt_train.py", flags, defaults), record.get("processes", 1)
+    return command if processes == 1 else command.replace("python", f"torchrun --nproc_per_node {processes}", 1)

@@ -120,6 +120,10 @@ def table(rows: dict[str, dict], val: Labelled) -> str:
         f"per cent, NLL in nats; fitted on {len(val.targets)} val images ({images.max()} to {images.min()} a class): "
         f"tau of 0, {TAUS[1]:g} ... {TAUS[-1]:g} by balanced accuracy, T by NLL"
     )
+    if missing := int((images == 0).sum()):
+        lines.append(f"{missing} of {len(images)} classes have no val image: they have no say in tau and T")
+    if not TEMPERATURES[0] * 1.01 < rows["temperature"]["temperature"] < TEMPERATURES[1] / 1.01:
+        lines.append("T is at the end of its range: val has too few images, or too few mistakes, to fit it")
     if "tau_normalisation" not in rows:
         lines.append("no tau-normalisation: only a Linear head has norms to divide by")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import torch
 from data.build import build_evaluation_loader
 from data.folders import ImageFolders, Split, read_known_classes
 from data.loaders import EvaluationLoader
+from engine.console import warn
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, class_means, default_head, predict
 from engine.numerics import autocast_dtype
@@ -48,7 +49,7 @@ class Predictor:
             raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
         self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
         tensors, self.epoch = read_weights(run, self.weights)
-        self.model_prior = model_prior(flags, counts, self.head, self.epoch)
+        self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
         self.model = load_run(run, self.weights)[0].to(device)
         self.class_means = None
         if self.head == "ncm":
@@ -82,8 +83,14 @@ class Predictor:
         return hashlib.sha256((self.run / f"{self.weights}.safetensors").read_bytes()).hexdigest()
 
     def _class_means(self) -> np.ndarray:
+        flags, args = self.record["flags"], self.args
+        own = Path(flags["data_dir"]), flags["list_dir"] and Path(flags["list_dir"])
+        moved = args.data_dir is not None and not own[0].is_dir()  # what --data_dir names may be other images
+        if moved:
+            warn(f"{own[0]} is gone: the class means are those of the training images in {args.data_dir}")
+        root, list_dir = (args.data_dir, args.list_dir) if moved else own
         try:
-            folders = self.folders("train")
+            folders = read_known_classes(root, list_dir, "train", self.record["classes"])
         except Refused as error:
             raise Refused(f"--predict_with ncm needs training images: {error}") from None
         if missing := folders.untested("train"):

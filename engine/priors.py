@@ -19,10 +19,13 @@ def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarr
     return logits + np.log(test_prior) - np.log(model_prior)
 
 
-def model_prior(flags: dict, class_counts: list[int], head: str, epoch: int) -> np.ndarray:
+def model_prior(
+    flags: dict, class_counts: list[int], head: str, epoch: int, synthetic_counts: list[int] | None = None
+) -> np.ndarray:
     """The class prior [C], sum 1, that training up to ``epoch`` put into the softmax of ``head``.
 
-    With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), w_lj the class weights of
+    With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), its synthetic images
+    counting by their weight, w_lj the class weights of
     loss l on the head and a_lj what it adds to the logits while training: p_j is the mean over the losses, by their
     factors, of d_j w_lj exp(-a_lj), each of sum 1. Plain cross-entropy gives the training prior; inverse-frequency
     weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
@@ -33,7 +36,11 @@ def model_prior(flags: dict, class_counts: list[int], head: str, epoch: int) -> 
         return np.full(len(class_counts), 1 / len(class_counts))
     args = argparse.Namespace(**flags)
     power = SAMPLERS[sampler_of(args, epoch)]
-    drawn = _normalised(np.array(class_counts, dtype=float) ** (1 if power is None else power))
+    counts = np.array(class_counts, dtype=float)
+    made = np.array(synthetic_counts or [0] * len(counts))
+    real = counts - made if args.count_synthetic else counts
+    mass = real + args.synthetic_weight * made  # of a class, in images
+    drawn = _normalised(mass if power is None else counts**power * mass / (real + made))
     prior = np.zeros(len(class_counts))
     for term in build_objective(args, class_counts, epoch).head_terms:
         if term.head == ("main" if head == "mean" else head):  # all heads have the same losses

@@ -13,7 +13,7 @@ import torch
 
 from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
-from engine import files
+from engine import distributed, files
 from engine.errors import Refused
 from engine.flags import resolved_epoch
 from engine.hardware import hardware
@@ -68,6 +68,7 @@ def new_record(
         "device": str(next(model.parameters()).device),
         "hardware": hardware(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "versions": versions,
         "center_lr_limit": limit if args.add_rsg and math.isfinite(limit) else None,
         "commit": code_commit(),

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def write_report(
         real -= synthetic
     write_per_class(folder / "per_class.csv", confusion, classes, real.tolist(), synthetic)
     write_predictions(folder / "predictions.csv", files, targets, probabilities, classes)
-    names = record["readable_names"]
+    names = [name.encode(errors="backslashreplace").decode() for name in record["readable_names"]]  # they are bytes
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
     plot_confusion(folder / "confusion.png", confusion, names, counts)
     plot_reliability(folder / "reliability.png", probabilities.max(axis=1), predicted == targets)
@@ -286,4 +287,6 @@ def _figure(width: float, height: float, **grid):
 
 
 def _save(figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that the font has none for: a box stands there
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -16,7 +16,7 @@ from torch.utils.tensorboard.summary import hparams
 from data.folders import SPLITS
 from data.loaders import Pixels
 from engine import distributed, files
-from engine.console import say
+from engine.console import say, warn
 from engine.errors import Failed, Refused
 from engine.record import plain_flags, read_log, read_record
 from engine.report import REPORT_FILES
@@ -101,7 +101,20 @@ class RunFolder:
                     f"or another --run_name"
                 )
 
-    def check_same_data(self, record: dict) -> None:
+    def refuse_to_lose(self) -> None:
+        """`Refused` when no state is left but more than a kill in the first epoch leaves: a fresh start deletes it."""
+        weights = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last")[1] > 0
+        if weights or len(read_log(self.path)) > 1:
+            raise Refused(
+                f"{self.path} holds a trained model but no state.pt to go on from; --overwrite trains anew in its "
+                f"place, --run_name elsewhere"
+            )
+
+    def check_same_start(self, record: dict) -> None:
+        """`Refused` for other images; a warning about another number of processes."""
+        begun, now = self.record.get("processes", record["processes"]), record["processes"]
+        if begun != now:
+            warn(f"begun with {begun} processes, going on with {now}: the result is that of neither number")
         if record["split_hash"] != self.record["split_hash"]:
             raise Refused(
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "

@@ -25,7 +25,7 @@ def train_one_epoch(
     state: TrainingState,
     guard: NonFiniteGuard,
     batches: Iterator[Batch],
-    num_steps: int,
+    sizes: list[int],
     amp_dtype: torch.dtype | None = None,
     clip: Callable[[], None] = lambda: None,
     save_due: Callable[[int], bool] = lambda step: False,
@@ -33,13 +33,15 @@ def train_one_epoch(
     print_freq: int = 10,
     text: str = "training",
 ) -> None:
-    """Train on ``batches`` until ``state.step`` is ``num_steps``, and add what happened to ``state.sums``.
+    """Train on ``batches``, whose ``sizes`` in images are those of all batches of the epoch, of all processes, and add
+    what happened to ``state.sums``.
 
     ``forward`` is the model, or the model wrapped for several processes. ``clip`` finds true gradients. ``save`` is
     called after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
     `NonFiniteGuard`.
     """
     forward.train()
+    num_steps = len(sizes)
     recent = deque(maxlen=guard.accumulate_steps + 1)  # steps with the images of their batch and the sums before it
     bar = tqdm(
         range(state.step, num_steps), text, unit="batch", disable=None if distributed.is_main() else True, leave=False
@@ -47,12 +49,12 @@ def train_one_epoch(
     for step, batch in zip(bar, batches, strict=False):
         recent.append((step, batch.indices, state.sums))
         first = step - step % guard.accumulate_steps
-        batches_of_update = min(guard.accumulate_steps, num_steps - first)
+        share = sizes[step] / sum(sizes[first : first + guard.accumulate_steps])  # of the images of the update
         guard.before_forward(step)
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = forward(batch.images, batch.targets, batch.mixed_targets)
         loss, parts = objective(output, len(batch.images), batch.share, batch.weights, batch.mixed_weights)
-        state.scaler.scale(guard.poisoned(loss) / batches_of_update).backward()
+        state.scaler.scale(guard.poisoned(loss) * share).backward()
         is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
         if is_update:
             update(state, clip)

@@ -17,21 +17,31 @@ ALLOWED = (0.93, 0.97)
 CASES = {  # name: (metric, true recall of each class, images of each class, whether it must be in `ALLOWED`)
     "top1, 1,000 images": ("top1", [0.7, 0.7], 500, True),
     "balanced accuracy, 10 classes of 100": ("balanced_accuracy", np.linspace(0.95, 0.45, 10), 100, True),
+    "macro F1, 10 classes of 100": ("macro_f1", np.linspace(0.95, 0.45, 10), 100, True),
+    "macro F1, 200 classes of 5": ("macro_f1", [0.7] * 200, 5, False),
     "balanced accuracy, 3 classes of 20, 0.70": ("balanced_accuracy", [0.7, 0.7, 0.7], 20, False),
     "balanced accuracy, 3 classes of 20, 0.93": ("balanced_accuracy", [0.9, 0.95, 0.95], 20, False),
 }
 
 
 def coverage(metric: str, recalls, images: int, simulations: int, resamples: int, seed: int = 0) -> float:
-    """Share of simulated tests whose interval holds the mean of ``recalls``. What is wrong is any other class."""
+    """Share of simulated tests whose interval holds the truth. What is wrong is any other class."""
+    truth = np.mean(macro_f1(np.array(recalls)) if metric == "macro_f1" else recalls)
     random, num_classes, covered = np.random.default_rng(seed), len(recalls), 0
     targets = np.repeat(np.arange(num_classes), images)
     for _ in tqdm(range(simulations), metric, unit="test", disable=None, leave=False):
         wrong = (targets + random.integers(1, num_classes, len(targets))) % num_classes
         predicted = np.where(random.random(len(targets)) < np.repeat(recalls, images), targets, wrong)
         low, high = bootstrap_intervals(np.eye(num_classes)[predicted], targets, {}, resamples)[metric]
-        covered += low <= np.mean(recalls) <= high
+        covered += low <= truth <= high
     return float(covered / simulations)
+
+
+def macro_f1(recalls: np.ndarray) -> float:
+    """Of classes of one size, in expectation."""
+    wrong = (1 - recalls) / (len(recalls) - 1)
+    predicted = recalls + wrong.sum() - wrong  # images taken for a class, over those of it
+    return float(np.mean(2 * recalls / (1 + predicted)))
 
 
 def parse_args(argv: list[str] | None = None):

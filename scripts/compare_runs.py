@@ -35,6 +35,9 @@ from engine.run import find_run
 FILES = ("comparison.html", "comparison.csv", "pairs.csv", "comparison.md", "comparison.png")
 
 
+SPEED = ("hardware", "threads", "processes", "precision", "channels_last", "compiled")  # what it depends on
+
+
 @one_line_errors
 def parse_args(argv: list[str] | None = None):
     parser = Parser("Compare finished and tested runs; groups are runs that differ only in their seed.")
@@ -80,7 +83,7 @@ def refuse_foreign_files(output: Path) -> None:
 
 def remarks_on(runs: list[Run]) -> list[str]:
     """What makes figures of these runs less comparable than they look."""
-    machines = {" ".join(f"{key} {run.record.get(key)}" for key in ("device", "threads", "precision")) for run in runs}
+    machines = {", ".join(f"{key} {run.record.get(key)}" for key in SPEED) for run in runs}
     commits = {str(run.record.get("commit")) for run in runs}
     remarks = []
     if len({run.record["split_hash"] for run in runs} | {run.result["split_hash"] for run in runs}) > 1:
@@ -88,7 +91,9 @@ def remarks_on(runs: list[Run]) -> list[str]:
     if len(machines) > 1:
         remarks.append(f"Seconds and memory are not of like runs: {'; '.join(sorted(machines))}.")
     if len(commits) > 1:
-        remarks.append(f"The runs are of different code: commits {', '.join(sorted(each[:12] for each in commits))}.")
+        remarks.append(
+            f"The runs are of different code: commits {', '.join(sorted(each[:12] + each[40:] for each in commits))}."
+        )
     return remarks
 
 

@@ -415,3 +415,14 @@ def test_a_file_name_that_is_not_utf8_trains_and_tests(tmp_path, tiny_dataset):
     run = train(tmp_path, tiny_dataset, "--batch_size", "4")
     assert test(run)["n"] == 9
     assert b"caf\xe9.png" in (run / "test" / "predictions.csv").read_bytes()
+
+
+def test_class_names_that_are_no_utf8_and_signs_that_no_font_has_are_drawn(tmp_path, tiny_dataset, recwarn):
+    names = {"common": os.fsdecode(b"caf\xe9"), "medium": "\u72ac", "rare": "$_$"}
+    for split in ("train", "val", "test"):
+        for old, new in names.items():
+            (tiny_dataset / split / old).rename(tiny_dataset / split / new)
+    run = train(tmp_path, tiny_dataset, "--max_steps", "1", "--add_rsg", "False")
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), "--plot_features"]))
+    assert {"confusion.png", "features.png", "report.html"} <= {path.name for path in (run / "test").iterdir()}
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

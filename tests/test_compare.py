@@ -201,6 +201,29 @@ def test_folders_named_by_setting_and_seed_name_the_groups(make_run):
     assert [group.name for group in grouped([read_run(folder) for folder in folders])] == ["on", "off"]
 
 
+def test_second_stages_on_the_seeds_of_one_setting_are_one_group(make_run):
+    weights = [f"runs/first_seed{seed}/best.safetensors" for seed in (0, 1)]
+    parents = [{"parent": f"runs/first_seed{seed}"} for seed in (0, 1)]
+    made = [make_run(f"crt_seed{k}", k, record=parents[k], weights=weights[k]) for k in (0, 1)]
+    other = make_run("other_seed0", 0, record={"parent": "runs/second_seed0"}, weights="runs/second_seed0/x")
+    assert [len(group.runs) for group in grouped([read_run(folder) for folder in [*made, other]])] == [2, 1]
+
+
+def test_runs_on_other_synthetic_images_are_another_group(make_run):
+    hashes = ["a" * 64, "a" * 64, "b" * 64]
+    folders = [make_run(f"run{k}", k, record={"synthetic_hash": hashes[k]}) for k in range(3)]
+    assert [len(group.runs) for group in grouped([read_run(folder) for folder in folders])] == [2, 1]
+
+
+def test_other_hardware_and_changed_code_are_remarked_on(make_run):
+    records = [{"hardware": "H100", "commit": "a" * 40}, {"hardware": "T4", "commit": "a" * 40 + "-dirty"}]
+    runs = [read_run(make_run(f"run{k}", k, record=record)) for k, record in enumerate(records)]
+    speed, code = compare_runs.remarks_on(runs)
+    assert "hardware H100" in speed
+    assert "hardware T4" in speed
+    assert f"{'a' * 12}, {'a' * 12}-dirty" in code
+
+
 def test_one_run_has_no_deviation(make_run):
     (group,) = grouped([read_run(make_run("single", 0, 9))])
     assert mean_and_deviation(group, "top1") == (0.9, None)

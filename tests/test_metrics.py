@@ -270,6 +270,13 @@ def test_intervals_are_the_same_every_time():
     assert first != other
 
 
+def test_the_interval_of_macro_f1_holds_its_value_where_classes_are_many_and_small():
+    random, targets = np.random.default_rng(0), np.repeat(np.arange(300), 3)
+    predicted = np.where(random.random(900) < 0.7, targets, random.integers(0, 300, 900))
+    low, high = bootstrap_intervals(np.eye(300)[predicted], targets, {}, resamples=100)["macro_f1"]
+    assert low < sk.f1_score(targets, predicted, average="macro") < high
+
+
 def test_intervals_hold_the_value_that_they_belong_to():
     logits, targets, result = all_metrics()
     for name, (low, high) in bootstrap_intervals(logits, targets, shot_groups(COUNTS), resamples=200).items():

@@ -295,6 +295,11 @@ def test_a_run_with_the_generator_shows_the_losses_that_train_the_network(tmp_pa
     assert said.count("Training loss") == 2
 
 
+def test_the_command_of_a_run_of_several_processes_starts_as_many(tmp_path):
+    page, _ = write(tmp_path, **FOUR, processes=2)
+    assert "torchrun --nproc_per_node 2 imagenet_lt_train.py --" in page.text
+
+
 def test_synthetic_images_are_shown_by_class(tmp_path):
     page, _ = write(tmp_path, **FOUR, synthetic_counts=[0, 0, 0, 21])
     assert page.tables[0][4][:4] == ["class 3", "few", "28", "21 (75 %)"]

@@ -149,7 +149,23 @@ def test_corrections_without_val_images_are_refused(run, tmp_path, capsys):
     assert "has no val images" in line
 
 
-def test_the_nearest_class_mean_without_training_images_is_refused(run, tmp_path, capsys):
-    (tmp_path / "test").symlink_to(run.parent / "data" / "test")
-    line = refused(capsys, lambda: ask(run, "--data_dir", tmp_path, "--predict_with", "ncm"))
-    assert "--predict_with ncm needs training images" in line
+def test_the_nearest_class_mean_is_that_of_the_runs_own_training_images(run, tmp_path, capsys):
+    own = run.parent / "data"
+    (tmp_path / "test").symlink_to(own / "test")
+    expected = logits_in(run / "test_ncm") if ask(run, "--predict_with", "ncm") else None
+    ask(run, "--data_dir", tmp_path, "--predict_with", "ncm")
+    assert np.array_equal(logits_in(run / "test_ncm"), expected)
+    gone = own.rename(own.with_name("gone"))
+    try:
+        (tmp_path / "test").unlink()
+        (tmp_path / "test").symlink_to(gone / "test")
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            ask(run, "--data_dir", tmp_path, "--predict_with", "ncm")
+        assert "--predict_with ncm needs training images" in capsys.readouterr().err
+        (tmp_path / "train").symlink_to(gone / "train")
+        ask(run, "--data_dir", tmp_path, "--predict_with", "ncm")
+        assert "is gone: the class means are those of" in capsys.readouterr().err
+    finally:
+        gone.rename(own)
+    assert np.array_equal(logits_in(run / "test_ncm"), expected)

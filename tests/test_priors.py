@@ -38,6 +38,23 @@ def test_the_prior_of_a_model_is_what_its_training_implies(flags, head, epoch, e
     np.testing.assert_allclose(model_prior(args, COUNTS, head, epoch), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("flags", "counts", "made", "expected"),
+    [
+        ("--synthetic_weight 1", [90, 9, 1], [0, 81, 89], UNIFORM),
+        ("--synthetic_weight 0.5", [90, 9, 1], [0, 2, 18], [0.8, 0.1 * 8 / 9, 0.1 * 8 / 9]),
+        ("--synthetic_weight 1 --count_synthetic", [90, 90, 90], [0, 81, 89], UNIFORM),
+        ("--synthetic_weight 0.5 --sampler balanced", [90, 9, 1], [0, 9, 1], np.array([4, 3, 3]) / 10),
+        ("--synthetic_weight 0 --sampler balanced", [90, 9, 1], [0, 0, 0], UNIFORM),
+    ],
+)
+def test_synthetic_images_count_by_their_weight_in_the_prior(flags, counts, made, expected):
+    """By hand: 90, 9 + 1, 1 + 9 of 112.5 images and so on; half-weight rows make half of a class count 3/4."""
+    args = vars(train_parser().parse_args(["--epochs", "10", *CE, *flags.split()]))
+    expected = np.array(expected) / np.sum(expected)
+    np.testing.assert_allclose(model_prior(args, counts, "main", 9, made), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("word", "expected"), [("uniform", UNIFORM), ("train", TRAIN)])
 def test_priors_have_names(word, expected):
     np.testing.assert_allclose(read_prior(word, CLASSES, COUNTS), expected, rtol=1e-12)

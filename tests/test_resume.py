@@ -119,6 +119,27 @@ def test_resume_may_change_workers(tmp_path, tiny_dataset, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_finished_run_whose_state_is_gone_is_not_begun_again(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    for path in run.glob("state*"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset, "--resume")
+    assert "no state.pt to go on from" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_going_on_with_another_number_of_processes_is_a_warning(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    record = json.loads((run / "args.json").read_text())
+    assert record["processes"] == 1
+    (run / "args.json").write_text(json.dumps(record | {"processes": 2}))
+    (run / "state.previous.pt").replace(run / "state.pt")
+    train(tmp_path, tiny_dataset, "--resume")
+    assert "begun with 2 processes, going on with 1" in capsys.readouterr().err
+
+
 def test_resume_refuses_other_images(tmp_path, tiny_dataset, capsys):
     run = train(tmp_path, tiny_dataset)
     (run / "state.previous.pt").replace(run / "state.pt")

@@ -21,11 +21,14 @@ from data import build, loaders
 from data.folders import read_image_folders
 from data.loaders import Batch, Pixels, TrainingLoader
 from data.transforms import DRAWS
-from engine.numerics import is_channels_last
+from engine.guard import NonFiniteGuard
+from engine.numerics import build_scaler, is_channels_last
 from engine.optim import build_optimizer
 from engine.state import TrainingState
-from losses import inverse_frequency_weights
+from engine.train import train_one_epoch
+from losses import build_objective, inverse_frequency_weights
 from models.backbones import Backbone, Part
+from models.classifier import Output
 from scripts.benchmarks.steps import TrainingSteps, flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +79,32 @@ def test_three_steps_are_those_of_a_plain_loop():
                 parameter -= 0.02 * velocity
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+class Flat(nn.Linear):
+    """A classifier without batch statistics."""
+
+    def forward(self, images, targets, mixed_targets):
+        features = images.flatten(1)
+        return Output(features, {"main": super().forward(features)}, {"main": 1.0}, targets, {})
+
+
+def test_batches_of_one_update_count_by_their_images():
+    """7, 7 and 2 images in one update: the step of all 16 at once."""
+    shown = [batch._replace(images=batch.images.double()) for rows in (7, 7, 2) for batch in batches(1, rows)]
+    whole = Batch(*(torch.cat([getattr(batch, name) for batch in shown]) for name in ("images", "targets", "indices")))
+    weights = []
+    for accumulated, given in ((3, shown), (1, [whole])):
+        torch.manual_seed(0)
+        model = Flat(3 * 16 * 16, 4).double()
+        model.generator = None
+        optimizer = build_optimizer(flags("--lr 0.1"), model, 16)
+        state = TrainingState(model, optimizer, build_scaler(None, CPU))
+        objective = build_objective(flags("--add_ldam_loss 0 --add_supcon_loss 0 --add_cross_entropy_loss"), COUNTS)
+        guard = NonFiniteGuard(model, optimizer, False, accumulated)
+        train_one_epoch(model, objective, state, guard, iter(given), [len(batch.targets) for batch in given])
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-12)
 
 
 # The order of maps in memory

@@ -87,7 +87,7 @@ class TrainingSteps:
             self.state,
             self.guard,
             iter(batches),
-            num_steps,
+            [1] * num_steps,  # all of one size
             amp_dtype=self.amp_dtype,
             clip=self.clip,
         )
