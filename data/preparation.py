@@ -174,6 +174,7 @@ def refuse_names_of_paths(drawn: dict[str, Names]) -> None:
 def refuse_to_lose(folder: Path) -> None:
     """`Refused` when replacing ``folder`` would delete what this script did not write."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    there = {name for name in there if not name.startswith(".")}  # what file managers leave
     if lost := sorted(there - WRITTEN if "split.json" in there else there):
         raise Refused(
             f"{folder} holds {lost[0]}, which this script did not write and never deletes; move it away, or write "
