@@ -29,7 +29,8 @@ from engine.run import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-ACCURACIES = ("balanced_accuracy", "many", "medium", "few")
+GROUPS = ("many", "medium", "few"), ("head", "tail")
+ACCURACIES = ("balanced_accuracy", *GROUPS[0], *GROUPS[1])
 SAME_RUN = ("row", "data", "split", "command", "hardware", "precision")
 PUBLISHED_IMBALANCE = 100
 FILES = ("list_dir", "weights", "synthetic_dir")  # flags whose folders are of one machine
@@ -76,14 +77,14 @@ ABOUT = """# Ledger of measured recipes
 Written by `scripts/ledger.py` from the runs in ledger.jsonl; `bash scripts/reproduce_ledger.sh` makes them. Accuracies
 are balanced test accuracies in per cent of the last epoch, mean ± sample standard deviation over n runs; "chosen" is
 the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
-to 100, fewer than 20 training images. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance
-100, last epoch, judged on the test set, on the original images and other draws of the tail; ours, where the split is
-8403d703aeea, are on images re-encoded as JPEG. Beside cifar_best they are the best of its size and epochs, reached by
-other recipes. The first reason of a gap is fewer epochs than the recipe's;
-below 60 the CIFAR recipes have no warm-up either."""
+to 100, fewer than 20 training images. Head: the fifth of the classes with most of them; tail: all others. Published
+figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, last epoch, judged on the test set, on the
+original images and other draws of the tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG.
+Beside cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
+epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either."""
 HEADER = [
-    "| row | what | published | last epoch | chosen | many / medium / few | epochs | n |",
-    "|---|---|---|---|---|---|---|---|",
+    "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
+    "|---|---|---|---|---|---|---|---|---|",
 ]
 
 
@@ -217,12 +218,14 @@ def table_row(name: str, row: Row, runs: list[dict]) -> str:
     cells = [name, row.what, row.published if row.published and comparable else "-"]
     cells[1] += f"; `{changes(runs[0])}`" if runs and changes(runs[0]) else ""
     if not runs:
-        return f"| {' | '.join([*cells, 'not measured', '', '', '', ''])} |"
+        return f"| {' | '.join([*cells, 'not measured', *5 * ['']])} |"
     chosen = [run["chosen_on_val"] for run in runs]
     cells.append(percent([run["last"]["balanced_accuracy"] for run in runs]))
     cells.append("-" if None in chosen else percent(chosen))
-    groups = [percent([run["last"][key] for run in runs]) if key in runs[0]["last"] else "-" for key in ACCURACIES[1:]]
-    cells += [" / ".join(groups), f"{runs[0]['epochs']} of {runs[0]['of_epochs']}", str(len(runs))]
+    for group in GROUPS:
+        known = [key in runs[0]["last"] and percent([run["last"][key] for run in runs]) for key in group]
+        cells.append(" / ".join(each or "-" for each in known))
+    cells += [f"{runs[0]['epochs']} of {runs[0]['of_epochs']}", str(len(runs))]
     return f"| {' | '.join(cells)} |"
 
 
