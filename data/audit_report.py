@@ -6,6 +6,7 @@ import numpy as np
 
 from data.listing import ACT, Finding
 from data.wordnet import MINI_IMAGENET_NAMES
+from engine.console import printable
 from engine.metrics import shot_groups
 
 SHOWN = 5  # files printed of a note or hint; of what must be acted on, all
@@ -61,8 +62,7 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
     )
     if len(order) <= 120:
         names = {**MINI_IMAGENET_NAMES, **readable}
-        axes.set_xticks(
-            range(len(order)), [names.get(name, name) for name in order], rotation=90, fontsize=7, parse_math=False
-        )
+        labels = [printable(names.get(name, name)) for name in order]
+        axes.set_xticks(range(len(order)), labels, rotation=90, fontsize=7, parse_math=False)
     axes.legend()
     figure.savefig(path, dpi=120)

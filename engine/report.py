@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import softmax
 
 from data.folders import ImageFolders
+from engine.console import printable
 from engine.files import write_atomically, write_json
 from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class
 from engine.page import Predictions, write_page
@@ -57,7 +58,7 @@ def write_report(
         real -= synthetic
     write_per_class(folder / "per_class.csv", confusion, classes, real.tolist(), synthetic)
     write_predictions(folder / "predictions.csv", files, targets, probabilities, classes)
-    names = [name.encode(errors="backslashreplace").decode() for name in record["readable_names"]]  # they are bytes
+    names = [printable(name) for name in record["readable_names"]]
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
     plot_confusion(folder / "confusion.png", confusion, names, counts)
     plot_reliability(folder / "reliability.png", probabilities.max(axis=1), predicted == targets)

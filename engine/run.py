@@ -112,9 +112,6 @@ class RunFolder:
 
     def check_same_start(self, record: dict) -> None:
         """`Refused` for other images; a warning about another number of processes."""
-        begun, now = self.record.get("processes", record["processes"]), record["processes"]
-        if begun != now:
-            warn(f"begun with {begun} processes, going on with {now}: the result is that of neither number")
         if record["split_hash"] != self.record["split_hash"]:
             raise Refused(
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
@@ -125,6 +122,9 @@ class RunFolder:
                 f"the synthetic images are not those that {self.path} was started with: they were made or judged again "
                 f"since; give the run another --run_name"
             )
+        begun, now = self.record.get("processes", record["processes"]), record["processes"]
+        if begun != now:
+            warn(f"begun with {begun} processes, going on with {now}: the result is that of neither number")
 
     def begin(self, record: dict, epoch: int, fresh: bool) -> None:
         """Make the folder ready for ``epoch``: log rows that the saved state has not seen are dropped. A fresh start

@@ -13,6 +13,7 @@ from data.audit import audit
 from data.audit_report import save_distribution, summary_lines
 from data.folders import read_about
 from data.listing import ACT, listing
+from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
 from engine.files import write_json
 from engine.flags import Parser, number_in
@@ -46,7 +47,7 @@ def check(root: Path, list_dir: Path | None, output: Path, workers: int, near_li
     """Print and write the audit of ``root``; returns how many findings must be acted on."""
     readable = read_about(root).get("readable_names", {})
     findings, figures = audit(listing(root, list_dir), workers, near_limit)
-    print("\n".join(summary_lines(root, findings, figures)).encode(errors="backslashreplace").decode())
+    say("\n".join(summary_lines(root, findings, figures)))
     output.mkdir(parents=True, exist_ok=True)
     report = {**figures, "findings": [finding._asdict() for finding in findings]}
     write_json(output / "audit.json", report)

@@ -10,14 +10,14 @@ if [ ! -x .venv/bin/python ]; then
     echo "making .venv with $("$python" --version)"
     "$python" -m venv .venv
 fi
-.venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null 2>&1 || {
-    echo "error: .venv has no pip; remove it, on Debian or Ubuntu install python3-venv, and try again" >&2
-    exit 2
-}
 PATH="$PWD/.venv/bin:$PATH"
 checksum=$(cat requirements*.txt | cksum | tr ' ' -)
 installed=.venv/installed-$(basename "$requirements")-$checksum
 if [ ! -e "$installed" ]; then
+    python -m pip --version >/dev/null 2>&1 || python -m ensurepip >/dev/null 2>&1 || {
+        echo "error: .venv has no pip; remove it, on Debian or Ubuntu install python3-venv, and try again" >&2
+        exit 2
+    }
     echo "installing $requirements (about 5 GB, a few minutes)"
     python -m pip install --quiet --disable-pip-version-check -r "$requirements"
     touch "$installed"

@@ -223,8 +223,9 @@ def test_names_of_any_bytes_and_signs_are_audited(clean, capsys):
     (clean / "train/dog/0.jpg").rename(clean / "train/dog" / os.fsdecode(b"caf\xe9.jpg"))
     for split in ("train", "val", "test"):
         (clean / split / "cat").rename(clean / split / "$_$")
+        (clean / split / "dog").rename(clean / split / os.fsdecode(b"d\xf6g"))
     code, _, report = audit(clean)
     assert code == 1
     assert "caf" in capsys.readouterr().out
-    assert report["counts"]["train"] == {"$_$": 6, "dog": 3}
+    assert report["counts"]["train"] == {"$_$": 6, os.fsdecode(b"d\xf6g"): 3}
     assert (clean / "audit.png").is_file()
