@@ -44,7 +44,6 @@ class RareSampleGenerator(nn.Module):
         for layer in (self.transform, self.contrast[0], self.contrast[2]):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.contrast[3].weight)
         self.strength = strength
         self.generating = False
         self.pair_shift = 0  # rows by which the second half is moved before pairing, see contrast_loss

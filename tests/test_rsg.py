@@ -195,6 +195,24 @@ def test_the_mean_of_a_convolution_is_that_of_its_output_with_the_same_gradients
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_contrastive_module_does_not_run_away_at_the_usual_learning_rate(seed):
+    torch.manual_seed(seed)
+    targets = torch.randint(3, (64,))
+    maps = (4 * torch.randn(3, 32, 1, 1)[targets] + 2 * torch.randn(64, 32, 8, 8)).relu()  # |F| of a trained ResNet-32
+    module = RareSampleGenerator(32, COUNTS)
+    optimizer = torch.optim.SGD(module.contrast.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        loss = module.contrast_loss(maps, targets)
+        optimizer.zero_grad()
+        (0.1 * loss).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses) < 500  # above 4,000 with N(0, 1) weights in its last layer
+    assert losses[-1] < 1
+
+
 def test_two_views_of_the_same_images_are_not_paired_with_each_other():
     parser = Parser("test")
     add_rsg_flags(parser)
