@@ -61,5 +61,6 @@ def batch_bounds(num_images: int, batch_size: int, smallest: int = 2) -> list[tu
 
 
 def _mixed(seed: int, epoch: int, stream: int) -> int:
-    """One 63-bit seed from three numbers. Multiples of odd constants, so that neighbours are far apart."""
+    """One seed from three numbers. Multiples of odd constants, so that neighbours are far apart, also in the low 32
+    bits, all that a generator on the CPU takes."""
     return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63

@@ -52,7 +52,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         type=number_in(1, kind=int),
         default=1,
         metavar="N",
-        help="batches of one update; SupCon and means by class weights stay those of a batch",
+        help="batches of one update; SupCon and means by class or image weights stay those of a batch",
     )
 
 

@@ -12,6 +12,7 @@ from data.folders import Split
 from engine import distributed, metrics
 from engine.files import write_json
 from engine.predictor import Predictor
+from engine.priors import training_prior
 from models.heads import Linear
 
 TAUS = np.arange(41) / 20  # 0, 0.05 ... 2
@@ -69,7 +70,9 @@ def write_comparison(
     loader = predictor.loader(val_split)
     val = Labelled(predictor(loader, "validation").logits, loader.targets.numpy())
     head = dict(predictor.model.heads.items()).get(predictor.head)
-    rows = compare(val, test, predictor.record["class_counts"], groups, head)
+    record = predictor.record
+    prior = training_prior(record["flags"], record["class_counts"], record.get("synthetic_counts"))
+    rows = compare(val, test, record["class_counts"], groups, head, prior)
     if distributed.is_main():
         about = {key: result[key] for key in ("split", "weights", "predict_with", "split_hash", "weights_hash")}
         write_json(folder / "post_hoc.json", about | {"val_images": len(val.targets), "rows": rows})
@@ -77,14 +80,18 @@ def write_comparison(
 
 
 def compare(
-    val: Labelled, test: Labelled, class_counts: list[int], groups: dict[str, np.ndarray], head: nn.Module | None
+    val: Labelled,
+    test: Labelled,
+    class_counts: list[int],
+    groups: dict[str, np.ndarray],
+    head: nn.Module | None,
+    prior: np.ndarray,
 ) -> dict[str, dict]:
     """The metrics of the test, plain and under each correction, with the fitted value and what it reached on val.
 
     ``head`` is the one that predicts, None for a mean of heads or class means. Only a `Linear` head can be
-    tau-normalised: the rows of a cosine head have norm 1 already.
+    tau-normalised: the rows of a cosine head have norm 1 already. ``prior`` [C] is that of what was trained on.
     """
-    prior = np.array(class_counts) / sum(class_counts)
     by_tau = {"logit_adjustment": lambda logits, tau: logit_adjusted(logits, prior, tau)}
     if isinstance(head, Linear):
         norms = head.weight.detach().double().norm(dim=1).cpu().numpy()

@@ -49,7 +49,9 @@ class Predictor:
             raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
         self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
         tensors, self.epoch = read_weights(run, self.weights)
-        self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
+        self.model_prior = None
+        if self.test_prior is not None:
+            self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
         self.model = load_run(run, self.weights)[0].to(device)
         self.class_means = None
         if self.head == "ncm":

@@ -10,7 +10,7 @@ import numpy as np
 from data.build import sampler_of
 from data.samplers import SAMPLERS
 from engine.errors import Refused
-from losses import build_objective
+from losses import FocalLoss, build_objective
 
 
 def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarray) -> np.ndarray:
@@ -25,29 +25,43 @@ def model_prior(
     """The class prior [C], sum 1, that training up to ``epoch`` put into the softmax of ``head``.
 
     With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), its synthetic images
-    counting by their weight, w_lj the class weights of
-    loss l on the head and a_lj what it adds to the logits while training: p_j is the mean over the losses, by their
-    factors, of d_j w_lj exp(-a_lj), each of sum 1. Plain cross-entropy gives the training prior; inverse-frequency
+    counting by their weight, w_lj the class weights of loss l on the head and a_lj what it adds to the logits while
+    training: p_j is the sum over the losses, by their factors, of d_j w_lj exp(-a_lj), each of sum 1 but for focal,
+    which is a mean over rows and not over weights. Plain cross-entropy gives the training prior; inverse-frequency
     weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
     is fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
-    class mean knows no prior: uniform.
+    class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none.
     """
     if head == "ncm":
         return np.full(len(class_counts), 1 / len(class_counts))
     args = argparse.Namespace(**flags)
     power = SAMPLERS[sampler_of(args, epoch)]
     counts = np.array(class_counts, dtype=float)
-    made = np.array(synthetic_counts or [0] * len(counts))
-    real = counts - made if args.count_synthetic else counts
-    mass = real + args.synthetic_weight * made  # of a class, in images
-    drawn = _normalised(mass if power is None else counts**power * mass / (real + made))
-    prior = np.zeros(len(class_counts))
+    mass, images = _images(flags, class_counts, synthetic_counts)
+    drawn = _normalised(mass if power is None else counts**power * mass / images)
+    prior, adjustments = np.zeros(len(class_counts)), []
     for term in build_objective(args, class_counts, epoch).head_terms:
         if term.head == ("main" if head == "mean" else head):  # all heads have the same losses
             buffers = {name.split(".")[-1]: value.double().numpy() for name, value in term.loss_fn.named_buffers()}
-            share = drawn * buffers.get("weight", 1) * np.exp(-buffers.get("adjustments", 0))
-            prior += term.factor * _normalised(share)
+            adjustments.append(buffers.get("adjustments", np.zeros(len(counts))))
+            share = drawn * buffers.get("weight", 1) * np.exp(-adjustments[-1])
+            prior += term.factor * (share if isinstance(term.loss_fn, FocalLoss) else _normalised(share))
+    if any(np.ptp(one - adjustments[0]) > 1e-9 for one in adjustments):
+        raise Refused("--test_prior: a logit-adjusted loss and another one together stand for no prior that is known")
     return _normalised(prior) if prior.any() else drawn
+
+
+def training_prior(flags: dict, class_counts: list[int], synthetic_counts: list[int] | None = None) -> np.ndarray:
+    """Each class's share [C], sum 1, of the images trained on, a synthetic one counting by its weight."""
+    return _normalised(_images(flags, class_counts, synthetic_counts)[0])
+
+
+def _images(flags: dict, class_counts: list[int], synthetic_counts: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Images of each class: what they count, and their number."""
+    counts = np.array(class_counts, dtype=float)
+    made = np.array(synthetic_counts or [0] * len(counts))
+    real = counts - made if flags["count_synthetic"] else counts
+    return real + flags["synthetic_weight"] * made, real + made
 
 
 def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.ndarray:

@@ -58,7 +58,7 @@ def train_one_epoch(
         is_update = (step + 1) % guard.accumulate_steps == 0 or step == num_steps - 1
         if is_update:
             update(state, clip)
-        state.sums = with_batch(state.sums, batch, output, loss.detach(), parts, guard.take_skipped())
+        state.sums = with_batch(state.sums, batch, output, loss.detach(), parts, guard.take_skipped(), sizes[step])
         state.step = step + 1
         stop_if(guard.trouble_before(step, parts), guard, state, recent)
         if is_update and save_due(state.step):
@@ -81,17 +81,19 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
 
 
 def with_batch(
-    sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor
+    sums: Sums, batch: Batch, output: Output, loss: Tensor, parts: dict[str, Tensor], skipped: Tensor, size: int
 ) -> Sums:
-    """Losses weighted by the batch's images; hits of the main head, which has no margin, on real images only. A mixed
-    image is hit by as much of it as is of the predicted class."""
-    num_real = len(batch.images)
+    """Losses weighted by the batch's images, ``size`` of all processes; hits of the main head, which has no margin, on
+    real images only. A mixed image is hit by as much of it as is of the predicted class."""
+    num_real, processes = len(batch.images), distributed.world_size()
+    own = len(range(distributed.rank(), size, processes))
+    rows = num_real * size / own / processes  # not this process's: the mean of the processes' losses is the batch's
     predicted = output.logits["main"][:num_real].detach().argmax(dim=1)
     hits = hits_on(predicted, batch.targets, batch.real)
     if batch.mixed_targets is not None:
         hits = batch.share * hits + (1 - batch.share) * hits_on(predicted, batch.mixed_targets, batch.mixed_real)
-    values = {"images": num_real, "train_loss": loss * num_real}
-    values |= {f"loss_{part}": value * num_real for part, value in parts.items()}
+    values = {"images": num_real, "train_loss": loss * rows}
+    values |= {f"loss_{part}": value * rows for part, value in parts.items()}
     if batch.real is not None:
         values["real_images"] = batch.real.sum()  # also of mixed ones: each image is mixed into one other
     values |= {"train_accuracy": hits, "generated_rows": len(output.features) - num_real}

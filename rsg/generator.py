@@ -17,6 +17,9 @@ class RareSampleGenerator(nn.Module):
     ``num_centers`` centres; a head row's variation is its distance from its nearest one. The ``head_tail_ratio``
     largest classes are head classes. `generating` is False while the centres are learnt and set to True, once an
     epoch, from the epoch on in which rows are generated. Its own losses never train the stages before it.
+
+    The contrastive module's last layer begins like any `torch.nn.Linear`. With N(0, 1), as in the public code, its
+    first losses are in the thousands at the usual learning rate and throw its weights far off.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ if [ -n "${GRID:-}" ]; then
 else
     sweep=ablate_losses
     settings=$(
-        echo '# only the loss differs: factor 1 (another one would only scale the learning rate), no class weights, no RSG;'
+        echo '# only the loss differs: factor 1 (another one would scale the learning rate and divide the weight decay), no class weights, no RSG;'
         echo '# arcmar, addmar, sphere: cross-entropy on that head and on the main one, which predicts'
         for i in "${!losses[@]}"; do
             setting $((1 << i)) --ldam_loss_weight 1 --supcon_loss_weight 1 --ldam_weight_type none --add_rsg False

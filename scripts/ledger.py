@@ -256,7 +256,8 @@ def without_seed(command: str) -> str:
 
 def changes(run: dict) -> str:
     """The flags in which a run is not its recipe, but for data, epochs and seed."""
-    return re.sub(r" --(data_dir|epochs|seed) \S+", "", run["command"]).partition(".txt")[2].strip()
+    words = run["command"].partition(".txt")[2]
+    return re.sub(r" --(data_dir|epochs|seed) ('[^']*'|\S)+", "", words).strip()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import nn
 
 from data.build import build_pixels, read_data
+from data.loaders import Batch
 from engine import distributed
 from engine.options import train_parser
+from engine.train import with_batch
 from losses import (
     BalancedSupConLoss,
     CrossEntropyLoss,
@@ -26,6 +28,7 @@ from losses import (
     SupConLoss,
     inverse_frequency_weights,
 )
+from models.classifier import Output
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = [40, 12, 3]
@@ -75,6 +78,19 @@ def history(loss_name: str, rank: int, world: int) -> list[tuple[float, list[tor
     return out
 
 
+def logged_loss(rank: int, world: int) -> float:
+    """What log.jsonl says of batches of 5 and 4 rows that alternate between the processes."""
+    sums, model = {}, network()
+    for size, (features, targets) in zip((5, 4), batches(), strict=False):
+        features, targets = features[rank:size:world], targets[rank:size:world]
+        logits = model(features)
+        loss = LOSSES["cross_entropy"](logits, targets).detach()
+        output = Output(features, {"main": logits}, {}, targets, {})
+        sums = with_batch(sums, Batch(features, targets, targets), output, loss, {}, torch.zeros(()), size)
+    total, images = distributed.summed(torch.stack([sums["train_loss"], sums["images"]])).tolist()
+    return total / images
+
+
 def pixels_of_images(folder: str) -> list[float]:
     """Mean and deviation, by channel, of the images in ``folder``."""
     flags = ["--data_dir", folder, "--normalize", "dataset", "--img_size", "8", "--workers", "0", "--batch_size", "4"]
@@ -89,6 +105,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {name: history(name, rank, world) for name in LOSSES}
     results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
+    results["logged"] = logged_loss(rank, world)
     results["pixels"] = pixels_of_images(folder)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -120,6 +137,10 @@ def test_two_processes_with_uneven_rows_equal_one(two_processes, name):
 def test_both_processes_have_the_same_gradients(two_processes, name):
     for (_, first), (_, second) in zip(two_processes[0][name], two_processes[1][name], strict=True):
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_the_logged_loss_of_uneven_batches_is_that_of_one_process(two_processes):
+    assert two_processes[0]["logged"] == pytest.approx(logged_loss(0, 1), rel=1e-6)
 
 
 def test_the_normalisation_is_that_of_all_images_on_every_process(two_processes, tmp_path_factory):

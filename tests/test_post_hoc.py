@@ -62,7 +62,12 @@ def test_adjustment_of_a_trained_classifier_recovers_the_bayes_decision(trained)
 
 def test_the_fitted_tau_is_near_1_and_gains_on_the_test(trained):
     rows = compare(
-        labelled(trained, [300] * 3, 2), labelled(trained, [1000] * 3, 3), COUNTS, shot_groups(COUNTS, 500, 200), None
+        labelled(trained, [300] * 3, 2),
+        labelled(trained, [1000] * 3, 3),
+        COUNTS,
+        shot_groups(COUNTS, 500, 200),
+        None,
+        PRIOR,
     )
     assert rows["logit_adjustment"]["tau"] == pytest.approx(1, abs=0.35)
     points, targets = drawn([1000] * 3, 3)
@@ -125,7 +130,7 @@ def test_only_a_linear_head_is_tau_normalised():
     head, features = head_and_features()
     val = Labelled(features.numpy() @ head.weight.detach().numpy().T, np.arange(20) % 4)
     for asked, there in ((head, True), (NormedLinear(6, 4), False), (None, False)):
-        rows = compare(val, val, [40, 30, 20, 10], {}, asked)
+        rows = compare(val, val, [40, 30, 20, 10], {}, asked, np.array([0.4, 0.3, 0.2, 0.1]))
         assert ("tau_normalisation" in rows) is there
         assert ("only a Linear head" in post_hoc.table(rows, val)) is not there
 
@@ -151,7 +156,7 @@ def test_the_temperature_undoes_a_factor(trained):
 
 def test_the_temperature_changes_no_decision(trained):
     val, test = labelled(trained, [200] * 3, 6), labelled(trained, [200] * 3, 7)
-    rows = compare(val, test, COUNTS, {}, None)
+    rows = compare(val, test, COUNTS, {}, None, PRIOR)
     assert rows["temperature"]["top1"] == rows["plain"]["top1"]
     assert rows["temperature"]["nll"] < rows["plain"]["nll"]
 
@@ -162,7 +167,7 @@ def test_the_temperature_changes_no_decision(trained):
 def test_the_test_does_not_change_what_is_fitted(trained):
     val, groups = labelled(trained, [50] * 3, 8), {}
     fitted = [
-        [(row.get("tau"), row.get("temperature")) for row in compare(val, test, COUNTS, groups, None).values()]
+        [(row.get("tau"), row.get("temperature")) for row in compare(val, test, COUNTS, groups, None, PRIOR).values()]
         for test in (labelled(trained, [30] * 3, 9), Labelled(np.eye(3), np.array([2, 0, 1])))
     ]
     assert fitted[0] == fitted[1]
@@ -170,7 +175,7 @@ def test_the_test_does_not_change_what_is_fitted(trained):
 
 def test_the_table_names_every_value_with_its_unit(trained):
     val = labelled(trained, [20, 10, 5], 10)
-    text = post_hoc.table(compare(val, val, COUNTS, shot_groups(COUNTS), None), val).splitlines()
+    text = post_hoc.table(compare(val, val, COUNTS, shot_groups(COUNTS), None, PRIOR), val).splitlines()
     assert text[0].split() == ["fitted", "top1", "balanced", "many", "medium", "nll", "ece"]
     assert [line.split()[0] for line in text[1:4]] == ["plain", "temperature", "logit"]
     assert "35 val images (20 to 5 a class)" in text[4]

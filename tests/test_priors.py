@@ -7,11 +7,12 @@ import pytest
 
 from engine.errors import Refused
 from engine.options import train_parser
-from engine.priors import model_prior, read_prior
+from engine.priors import model_prior, read_prior, training_prior
 
 CLASSES, COUNTS = ["common", "house finch", "rare"], [90, 9, 1]
 TRAIN, UNIFORM = [0.9, 0.09, 0.01], [1 / 3] * 3
 CE = ["--add_ldam_loss", "False", "--add_cross_entropy_loss"]
+ICF = 3 / np.array(COUNTS) / (1 / np.array(COUNTS)).sum()  # focal is a mean over rows: its weights have any sum
 CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # beta 0.9
 
 
@@ -31,11 +32,23 @@ CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # bet
         ([*CE, "--drs_epoch", "5"], "main", 5, UNIFORM),
         (["--add_cross_entropy_loss", "--ldam_loss_weight", "3"], "main", 9, (3 * np.array(UNIFORM) + TRAIN) / 4),
         (["--add_ldam_loss", "False", "--add_arc_margin_loss"], "arc", 9, TRAIN),
+        ([*CE, "--add_focal_loss", "--focal_weight_type", "icf"], "main", 9, np.array(TRAIN) + np.array(TRAIN) * ICF),
     ],
 )
 def test_the_prior_of_a_model_is_what_its_training_implies(flags, head, epoch, expected):
     args = vars(train_parser().parse_args(["--epochs", "10", *flags]))
-    np.testing.assert_allclose(model_prior(args, COUNTS, head, epoch), expected, rtol=1e-6)
+    np.testing.assert_allclose(model_prior(args, COUNTS, head, epoch), expected / np.sum(expected), rtol=1e-6)
+
+
+def test_a_logit_adjusted_loss_beside_another_has_no_prior():
+    args = vars(train_parser().parse_args([*CE, "--add_logit_adjusted_loss"]))
+    with pytest.raises(Refused, match="no prior that is known"):
+        model_prior(args, COUNTS, "main", 9)
+
+
+def test_the_training_prior_counts_synthetic_images_by_their_weight():
+    args = vars(train_parser().parse_args(["--synthetic_weight", "0.5", "--count_synthetic"]))
+    np.testing.assert_allclose(training_prior(args, [90, 29, 6], [0, 20, 5]), np.array([90, 19, 3.5]) / 112.5)
 
 
 @pytest.mark.parametrize(

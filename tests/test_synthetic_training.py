@@ -272,7 +272,7 @@ def test_training_accuracy_counts_real_images_only():
     def row_of(*batches: Batch) -> dict:
         state = TrainingState(model, None, None, seconds=1.0)
         for each in batches:
-            state.sums = with_batch(state.sums, each, output, torch.tensor(2.0), {}, torch.zeros(()))
+            state.sums = with_batch(state.sums, each, output, torch.tensor(2.0), {}, torch.zeros(()), len(each.images))
         return epoch_row(state, 1)
 
     row = row_of(batch, batch)
