@@ -34,18 +34,19 @@ from engine.run import RunFolder, pixels_of
 from engine.selection import Selection, build_selection
 from engine.state import TrainingState, read_state
 from engine.train import NonFiniteLoss, epoch_row, train_one_epoch
-from losses import build_objective, check_loss_flags
+from losses import build_objective, check_class_weights, check_loss_flags
 from models import build_model, check_model_flags, load_backbone_weights
 from rsg import check_rsg_flags, generates, unmoved_centers
 
 
 @one_line_errors
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    args = train_parser(__doc__).parse_args(argv)
-    check_optimizer_flags(args)
+    parser = train_parser(__doc__)
+    args = parser.parse_args(argv)
     check_run_flags(args)
     sampler = sampler_of(args, args.epochs - 1)
-    warnings = [*check_data_flags(args), *check_model_flags(args), *check_rsg_flags(args)]
+    warnings = check_optimizer_flags(args, parser.parse_args([]))
+    warnings += [*check_data_flags(args), *check_model_flags(args), *check_rsg_flags(args)]
     for warning in [*warnings, *check_loss_flags(args, sampler)]:
         warn(warning)
     return args
@@ -56,12 +57,14 @@ def main(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
     folders = read_data(args)
     check_data(args, folders)
+    for warning in check_class_weights(args, folders.class_counts):
+        warn(warning)
     run = RunFolder(args)
     saved = read_state(run.path, device) if run.record else None
     if run.record and not saved:
         run.refuse_to_lose()
     if saved and saved["finished"]:
-        say(f"{run.path} is finished; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+        say(f"{run.path} is finished; test it with: {run.test_command()}")
         return
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seed = run.record["seed"] if run.record else distributed.from_main(seed)
@@ -100,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
         say(f"{'goes on' if saved else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:
             fit(args, run, state, training, selection, amp_dtype, stop)
-    say(f"done; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+    say(f"done; test it with: {run.test_command()}")
     distributed.stop()
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.errors import Refused
 
-SPLIT_NAMES = {"train", "val", "test", "images"}
+SPLIT_NAMES = {"train", "val", "test"}
 
 
 def unpacked(path: Path | None, folder: Path) -> Path | None:

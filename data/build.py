@@ -122,7 +122,14 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
         if split in folders.splits and (names := folders.untested(split)):
             warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
     if "val" not in folders.splits:
-        warn(f"{folders.root} has no val/ images: nothing is selected, the last epoch is the model")
+        other = next((name for name in ("valid", "validation", "dev") if (folders.root / name).is_dir()), None)
+        hint = f"; {folders.root / other} is not used, its name would have to be val" if other else ""
+        warn(f"{folders.root} has no val/ images: nothing is selected, the last epoch is the model{hint}")
+
+
+def mirrors(args: argparse.Namespace, folders: ImageFolders) -> bool:
+    """Whether images are mirrored at random: as told, else as the data set says."""
+    return folders.flips if args.hflip is None else args.hflip
 
 
 def build_pixels(args: argparse.Namespace, folders: ImageFolders) -> Pixels:
@@ -159,14 +166,13 @@ def build_training_loader(
             f"--batch_size {args.batch_size} and {images} training images for {processes} processes: the batch must "
             f"divide by their number and leave each at least two images"
         )
-    flips = folders.flips if args.hflip is None else args.hflip
     return TrainingLoader(
         folders.splits["train"],
         pixels,
         args.batch_size,
         seed,
         device,
-        flips,
+        mirrors(args, folders),
         args.supcon_views,
         _workers(args),
         args.cache_limit,

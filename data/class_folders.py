@@ -8,6 +8,7 @@ import numpy as np
 from data.folders import SPLITS, class_folders, image_files
 from engine.errors import Refused
 
+LIKE_SPLITS = {*SPLITS, "valid", "validation", "training", "testing"}
 Classes = dict[str, dict[str, Path | np.ndarray]]  # class -> name of the file -> image file or uint8 pixels
 
 
@@ -21,13 +22,14 @@ class Source(NamedTuple):
 
 def read_class_folders(root: Path) -> dict[str, Classes]:
     """``root/{train,val,test}/<class>/`` or, all as train, ``root/<class>/``."""
-    if not (root / "train").is_dir():
-        return {"train": read_classes(root)}
-    odd = next((name for name in ("valid", "validation", "training", "testing") if (root / name).is_dir()), None)
-    if odd:
+    names = class_folders(root)
+    odd = [name for name in names if name not in SPLITS and name.lower() in LIKE_SPLITS]
+    if odd and ("train" in names or len(odd) == len(names)):
         raise Refused(
-            f"{root / odd} has a name that is not used here; the splits are train/, val/ and test/: rename it"
+            f"{root / odd[0]} has a name that is not used here; the splits are train/, val/ and test/: rename it"
         )
+    if "train" not in names:
+        return {"train": read_classes(root)}
     return {split: read_classes(root / split) for split in SPLITS if (root / split).is_dir()}
 
 
@@ -39,6 +41,14 @@ def read_classes(folder: Path) -> Classes:
     if empty:
         raise Refused(f"no images in {', '.join(str(folder / name) for name in empty)}; add some or remove the folder")
     return classes
+
+
+def left_out(root: Path, splits: dict[str, Classes]) -> list[str]:
+    """Files below ``root`` that are in no class: no image by their name, or not directly in a class folder."""
+    used = {path for classes in splits.values() for images in classes.values() for path in images.values()}
+    found = (path for path in root.rglob("*") if path not in used and not path.is_dir())
+    names = sorted(str(path.relative_to(root)) for path in found)
+    return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
 def refuse_unknown_classes(splits: dict[str, Classes], root: Path) -> None:

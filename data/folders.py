@@ -91,6 +91,12 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     if len(classes) < 2:
         raise Refused(f"{train} holds {len(classes)} class folder(s); a classifier needs at least two")
     splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
+    for name in splits:
+        if unknown := set(class_folders(root / name)) - set(classes):
+            raise Refused(
+                f"{root / name} holds classes that train/ lacks: {', '.join(sorted(unknown))}; remove them, or train "
+                f"on such images"
+            )
     present = set(splits["train"].targets)
     empty = [name for index, name in enumerate(classes) if index not in present]
     if empty:
@@ -108,6 +114,11 @@ def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: l
         return folders
     if not (root / split).is_dir():
         raise Refused(f"{root / split} does not exist; give the data set with --data_dir, or another --split")
+    if unknown := set(class_folders(root / split)) - set(classes):
+        raise Refused(
+            f"{root / split} holds classes that the run does not know: {', '.join(sorted(unknown))}; move them away, "
+            f"or give other images with --data_dir"
+        )
     splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
     if not splits[split].paths:
         raise Refused(f"{root / split} holds no images of the run's classes")
@@ -130,12 +141,7 @@ def class_folders(directory: Path) -> list[str]:
 
 
 def read_split(directory: Path, classes: list[str]) -> Split:
-    """The images of ``directory/<class>/``; other files and dot files are ignored."""
-    unknown = [name for name in class_folders(directory) if name not in set(classes)]
-    if unknown:
-        raise Refused(
-            f"{directory} holds classes that train/ lacks: {', '.join(unknown)}; remove them, or train on such images"
-        )
+    """The images of ``directory/<class>/``; other folders and files and dot files are ignored."""
     paths, targets = [], []
     for index, name in enumerate(classes):
         images = image_files(directory / name) if (directory / name).is_dir() else []

@@ -175,10 +175,15 @@ def refuse_to_lose(folder: Path) -> None:
     """`Refused` when replacing ``folder`` would delete what this script did not write."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     there = {name for name in there if not name.startswith(".")}  # what file managers leave
-    if lost := sorted(there - WRITTEN if "split.json" in there else there):
+    if "split.json" in there:
+        written = set(read_json(folder / "split.json").get("files", []))
+        inside = [path for split in SPLITS for path in (folder / split).rglob("*") if not path.is_dir()]
+        there = (there - WRITTEN) | {name for path in inside if (name := str(path.relative_to(folder))) not in written}
+    if lost := sorted(name for name in there if not any(part.startswith(".") for part in Path(name).parts)):
+        more = f" and {len(lost) - 1} more files" if len(lost) > 1 else ""
         raise Refused(
-            f"{folder} holds {lost[0]}, which this script did not write and never deletes; move it away, or write "
-            f"elsewhere with --output"
+            f"{folder} holds {lost[0]}{more}, which this script did not write and never deletes; move them away, or "
+            f"write elsewhere with --output"
         )
 
 

@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.class_folders import Source, read_class_folders, refuse_unknown_classes
-from data.folders import read_about
+from data.class_folders import Source, left_out, read_class_folders, refuse_unknown_classes
+from data.folders import IMAGE_SUFFIXES, read_about
 from data.mini_imagenet import read_mini_imagenet
 from data.pickles import load_arrays
+from data.preparation import WRITTEN
+from engine.console import warn
 from engine.errors import Refused
 
 
@@ -30,6 +32,12 @@ def read_digits() -> Source:
 def read_folder(root: Path) -> Source:
     splits = read_class_folders(root)
     refuse_unknown_classes(splits, root)
+    if lost := [name for name in left_out(root, splits) if name not in WRITTEN]:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        warn(
+            f"{len(lost)} files of {root} are left out: {shown}; an image lies directly in its class's folder and ends "
+            f"in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     about = read_about(root) | {"source": "class folders"}
     return Source(splits, about, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
 

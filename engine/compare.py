@@ -127,7 +127,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     defaults = plain_flags(train_parser().parse_args([]))
     differing = [flag for flag in settings[0] if any(each[flag] != settings[0][flag] for each in settings)]
     flags = [
-        ", ".join(f"{flag} {each[flag]}" for flag in differing if each[flag] != defaults.get(flag)) or "the defaults"
+        ", ".join(f"{flag} {each[flag]}" for flag in differing if each[flag] != defaults.get(flag))
+        or ("the defaults" if differing else "-")
         for each in settings
     ]
     names = [_common_name(group) for group in members]
@@ -143,6 +144,7 @@ def _setting(run: Run) -> dict:
     if parent := run.record.get("parent"):
         name = Path(parent).name.removesuffix(f"_seed{run.record['seed']}")
         flags["weights"] = f"{name}/{Path(flags['weights']).name}"
+    flags["hflip"] = run.record.get("mirrored", flags["hflip"])  # by default the data set's word, which may change
     made = run.record.get("synthetic_hash")
     return flags | {"split": run.record["split_hash"][:12], "synthetic_images": made and made[:12]}
 

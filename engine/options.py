@@ -127,6 +127,8 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         raise Refused(f"--shot_thresholds {many} {few}: a class could be both many and few; MANY is the larger one")
     if args.images and (args.post_hoc or args.plot_features):
         raise Refused("--images have no labels: --post_hoc and --plot_features need some; leave them out")
+    if args.images and (args.split != "test" or args.shot_thresholds != [metrics.MANY, metrics.FEW]):
+        raise Refused("--images are of no split and have no labels; leave out --split and --shot_thresholds")
     if args.post_hoc and args.split == "val":
         raise Refused("--post_hoc is fitted on val/; judge it on another --split")
     if args.post_hoc and args.test_prior:

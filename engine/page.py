@@ -94,7 +94,7 @@ def write_page(
         curves=[*loss_curves(log), *filter(None, [accuracy_curve(log)])],
         about=about(result, record),
         flags={flag: (plain_text(value), value != defaults.get(flag)) for flag, value in record["flags"].items()},
-        commands=[training_command(record, defaults), command],
+        commands=[training_command(record, defaults, path.absolute().parent.parent.name), command],
     )
     write_atomically(path, lambda file: file.write(page.encode(errors="backslashreplace")))  # file names are bytes
 
@@ -257,12 +257,14 @@ def plain_text(value: object) -> str:
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def training_command(record: dict, defaults: dict) -> str:
-    """What makes the run again from the start, with the seed that was drawn."""
+def training_command(record: dict, defaults: dict, name: str) -> str:
+    """What makes the run ``name`` again from the start, with the seed that was drawn."""
     if "tau" in record:
         own = {flag: record[flag] for flag in ("parent_weights", "tau")} | {"run_name": record["flags"]["run_name"]}
         words = {"model_dir": record["parent"], "method": "tau"} | own
         return command_line("scripts/retrain_classifier.py", words, {})
     flags = record["flags"] | {"seed": record["seed"], "resume": False, "overwrite": False}
+    if record["flags"]["seed"] is None:
+        flags["run_name"] = name  # the seed would become part of it
     command, processes = command_line("imagenet_lt_train.py", flags, defaults), record.get("processes", 1)
     return command if processes == 1 else command.replace("python", f"torchrun --nproc_per_node {processes}", 1)

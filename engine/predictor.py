@@ -72,6 +72,8 @@ class Predictor:
         """The data set, by default the run's own; `Refused` without images in ``split``."""
         args, flags = self.args, self.record["flags"]
         root = args.data_dir or Path(flags["data_dir"])
+        if args.data_dir is not None and args.list_dir is None and flags["list_dir"] and not (root / split).is_dir():
+            raise Refused(f"{root / split} does not exist, and the run knows its images by lists; give --list_dir, too")
         list_dir = args.list_dir or (Path(flags["list_dir"]) if flags["list_dir"] and args.data_dir is None else None)
         return read_known_classes(root, list_dir, split, self.record["classes"])
 
@@ -79,7 +81,11 @@ class Predictor:
         """What tells the files of this test from those of the default one."""
         suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"
         suffix += "" if self.head == default_head(self.record["flags"]) else f"_{self.head}"
-        return suffix + (f"_prior_{Path(self.args.test_prior).stem}" if self.args.test_prior else "")
+        if self.test_prior is None:
+            return suffix
+        path = Path(self.args.test_prior)
+        content = f"-{hashlib.sha256(self.test_prior.tobytes()).hexdigest()[:8]}" if path.is_file() else ""
+        return f"{suffix}_prior_{path.stem}{content}"
 
     def weights_hash(self) -> str:
         return hashlib.sha256((self.run / f"{self.weights}.safetensors").read_bytes()).hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data.build import mirrors
 from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
 from engine import distributed, files
@@ -57,6 +58,7 @@ def new_record(
         "img_size": pixels.size,
         "mean": pixels.mean,
         "std": pixels.std,
+        "mirrored": mirrors(args, folders),
         "split_hash": split_hash(folders),
         **synthetic,
         "parameters": sum(size for name, size in sizes.items() if name.startswith(("backbone.", "heads."))),
@@ -139,13 +141,12 @@ def code_commit(folder: Path = Path(__file__).parent) -> str | None:
 
 def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
     """The lines at the start of a run."""
-    flips = folders.flips if args.hflip is None else args.hflip
     counts = dataclasses.replace(folders, count_synthetic=False).class_counts
     images = {name: len(split.paths) for name, split in folders.splits.items()}
     data = (
         f"data       {folders.root}: {len(counts)} classes of {max(counts)} to {min(counts)} training images "
         f"(imbalance {max(counts) / min(counts):.4g}); {', '.join(f'{n} {name}' for name, n in images.items())}; "
-        f"{record['img_size']} px, {'mirrored at random' if flips else 'not mirrored'}; "
+        f"{record['img_size']} px, {'mirrored at random' if record['mirrored'] else 'not mirrored'}; "
         f"split {record['split_hash'][:12]}"
     )
     layout = "channels last" if record["channels_last"] else "channels first"

@@ -18,6 +18,7 @@ from data.loaders import Pixels
 from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Failed, Refused
+from engine.flags import command_line
 from engine.record import plain_flags, read_log, read_record
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
@@ -41,7 +42,12 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
 }
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
 HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
-REPORTS = [*(f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES), "predict/*.csv", "export*/model.*"]
+REPORTS = [
+    *(f"{split}*/{name}" for split in SPLITS for name in REPORT_FILES),
+    "predict/*.csv",
+    "predict/*.json",
+    "export*/model.*",
+]
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -83,6 +89,10 @@ class RunFolder:
                     f"{self.path} holds a rescaled classifier, with which no training goes on; give another --run_name"
                 )
             self._check_flags(args)
+        if self.record is None and args.weights and args.weights.resolve().parent == self.path.resolve():
+            raise Refused(
+                f"--weights {args.weights} would be replaced by the run that starts from it; give a --run_name"
+            )
         foreign = [name for name in RUN_FILES if (self.path / name).exists()]
         if foreign and not self.had_run:
             raise Refused(f"{self.path} holds {foreign[0]} but no args.json; move it away or choose another --run_name")
@@ -96,15 +106,20 @@ class RunFolder:
         for flag, value in plain_flags(args).items():
             recorded = self.record["flags"].get(flag)
             if flag not in MAY_CHANGE and value != recorded:
+                was, remedy = (f"with --{flag} {recorded}", f"give {recorded}")
+                if recorded is None:
+                    was, remedy = f"without --{flag}", "leave it out"
                 raise Refused(
-                    f"{self.path} was started with --{flag} {recorded}, now it is {value}; give {recorded} to go on, "
-                    f"or another --run_name"
+                    f"{self.path} was started {was}, now it is {value}; {remedy} to go on, or another --run_name"
                 )
+
+    def test_command(self) -> str:
+        return command_line("imagenet_lt_test.py", {"model_dir": self.path}, {})
 
     def refuse_to_lose(self) -> None:
         """`Refused` when no state is left but more than a kill in the first epoch leaves: a fresh start deletes it."""
-        weights = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last")[1] > 0
-        if weights or len(read_log(self.path)) > 1:
+        trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last")[1] + 1
+        if trained >= min(2, self.record["flags"]["epochs"]) or len(read_log(self.path)) > 1:
             raise Refused(
                 f"{self.path} holds a trained model but no state.pt to go on from; --overwrite trains anew in its "
                 f"place, --run_name elsewhere"
@@ -121,6 +136,11 @@ class RunFolder:
             raise Refused(
                 f"the synthetic images are not those that {self.path} was started with: they were made or judged again "
                 f"since; give the run another --run_name"
+            )
+        if record["mirrored"] != self.record.get("mirrored", record["mirrored"]):
+            raise Refused(
+                f"dataset.json says now that images are {'' if record['mirrored'] else 'not '}to be mirrored, other "
+                f"than when {self.path} was started; set its hflip back"
             )
         begun, now = self.record.get("processes", record["processes"]), record["processes"]
         if begun != now:

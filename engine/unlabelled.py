@@ -13,6 +13,7 @@ from data.images import read_image
 from engine import distributed
 from engine.console import say
 from engine.errors import Failed, Refused
+from engine.files import read_json, write_json
 from engine.predictor import Predictor
 from engine.report import write_csv
 
@@ -20,11 +21,19 @@ BEST = 3  # classes of an image
 
 
 def predict_images(predictor: Predictor, directory: Path) -> dict:
-    """Write ``RUN/predict/<folder name>.csv`` about the images in ``directory``; their number and the table's path.
+    """Write ``RUN/predict/<folder name>.csv`` about the images in ``directory``, and beside it a JSON file that says
+    which folder that is; their number and the table's path.
 
-    An image that cannot be read has a row without a class, and the end is `Failed` with the names of such images.
+    `Refused` when the table there is of another folder. An image that cannot be read has a row without a class, and the
+    end is `Failed` with the names of such images.
     """
     paths = images_below(directory)
+    name = directory.name if directory.name not in ("", "..") else directory.resolve().name
+    table = predictor.run / "predict" / f"{name}{predictor.suffix()}.csv"
+    about = {"images": os.path.realpath(directory), "weights": predictor.weights, "epoch": predictor.epoch}
+    other = read_json(table.with_suffix(".json"), default={}).get("images")
+    if table.exists() and other not in (None, about["images"]):
+        raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")
     size, workers = predictor.record["img_size"], predictor.args.workers
     faults = distributed.from_main(unreadable(paths, size, workers) if distributed.is_main() else None)
     readable = [path for path, fault in zip(paths, faults, strict=True) if not fault]
@@ -32,11 +41,10 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     if readable:
         loader = predictor.loader(Split(readable, [0] * len(readable)))
         rows = iter(softmax(predictor(loader, "predicting").logits, axis=1))
-    name = directory.name if directory.name not in ("", "..") else directory.resolve().name
-    table = predictor.run / "predict" / f"{name}{predictor.suffix()}.csv"
     if distributed.is_main():
         table.parent.mkdir(exist_ok=True)
         files = [os.path.relpath(path, directory) for path in paths]
+        write_json(table.with_suffix(".json"), about)
         write_unlabelled(table, files, [None if fault else next(rows) for fault in faults], predictor.record["classes"])
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
     if broken := [fault for fault in faults if fault]:

@@ -144,6 +144,8 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             f"corrected twice: the logit-adjusted loss and --logit_adjusted_weight_type "
             f"{args.logit_adjusted_weight_type} both make up for rare classes"
         )
+    if args.focal_gamma != 2 and not args.add_focal_loss:
+        warnings.append("--focal_gamma changes nothing: the focal loss is off; see --add_focal_loss")
     if args.drw_epoch is not None and not weighted:
         warnings.append("--drw_epoch changes nothing: no loss that is on has class weights; see --ldam_weight_type")
     elif args.drw_epoch is not None and resolved_epoch(args, "drw_epoch") >= args.epochs:
@@ -155,6 +157,19 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
         )
     return warnings
+
+
+def check_class_weights(args: argparse.Namespace, class_counts: Sequence[int]) -> list[str]:
+    """A warning when class-balanced weights that are in use are all but equal, though the classes are not."""
+    if all(getattr(args, f"{name}_weight_type") != "cbl" for name in losses_on(args)) or args.cbl_beta == 0:
+        return []
+    weights, most, fewest = class_balanced_weights(class_counts, args.cbl_beta), max(class_counts), min(class_counts)
+    if most < 2 * fewest or weights.max() > 1.1 * weights.min():
+        return []
+    return [
+        f"class-balanced weights of --cbl_beta {args.cbl_beta:g} are all but equal ({weights.min():.3f} to "
+        f"{weights.max():.3f}) for classes of {fewest} to {most} images; 1 - 1/N is {1 - 1 / sum(class_counts):.6g}"
+    ]
 
 
 def predicts_by_class_means(args: argparse.Namespace) -> bool:

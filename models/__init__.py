@@ -53,6 +53,8 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
     if args.pretrained and args.weights:
         raise Refused("--pretrained and --weights both say where to start from; give one")
     warnings = []
+    if args.stem != "imagenet" and args.arch.startswith("resnet32"):
+        warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")
     if args.pretrained and args.stem == "small":
         warnings.append("--stem small replaces the first layers: their pretrained weights are not used")
     if args.freeze_backbone and not (args.pretrained or args.weights):

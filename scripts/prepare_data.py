@@ -55,6 +55,12 @@ def main(args) -> None:
     refuse_foreign_output(output, [path, args.ilsvrc])
     with scratch_folder(output) as scratch:
         source = SOURCES[args.kind].read(unpacked(path, scratch / "unpacked"), args.ilsvrc)
+        for split in ("val", "test"):
+            if split in source.splits and getattr(args, f"{split}_fraction") is not None:
+                raise Refused(
+                    f"--{split}_fraction changes nothing: {path} has its own {split}/, which is kept; leave it out, or "
+                    f"shorten it with --{split}_per_class"
+                )
         profile = drawing_profile(args, source.profile, sorted(source.splits["train"]))
         print(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
 
@@ -71,6 +77,8 @@ def name_of(source: Path) -> str:
 
 def source_path(args) -> Path | None:
     """What is to be read; `Refused` when the flags do not fit the kind of source."""
+    if args.ilsvrc and args.kind != "mini-imagenet":
+        raise Refused(f"--ilsvrc is for mini-imagenet, not for {args.kind}; leave it out")
     if args.kind == "digits":
         if args.source or args.download:
             raise Refused("digits ship with scikit-learn: leave out --source and --download")

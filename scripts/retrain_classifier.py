@@ -19,7 +19,7 @@ import torch
 
 import imagenet_lt_train
 from data.build import build_evaluation_loader
-from data.folders import read_image_folders
+from data.folders import read_image_folders, split_hash
 from engine import distributed, files
 from engine.console import say
 from engine.errors import Refused, one_line_errors
@@ -47,6 +47,7 @@ FOR_TAU = {
     "cache_limit",
     "device",
 }
+OWN = ("run_name", "root_model", "root_log", "data_dir", "list_dir")  # of a rescaled run; the rest is its parent's
 TAUS = np.arange(0, 2.01, 0.1).round(1)
 
 
@@ -108,7 +109,9 @@ def rescale(args: argparse.Namespace) -> None:
     scores = {}
     if args.tau is None:
         folders = read_image_folders(args.training.data_dir, args.training.list_dir)
-        if folders.classes != record["classes"] or "val" not in folders.splits:
+        if split_hash(folders) != record["split_hash"]:
+            raise Refused(f"{folders.root} does not hold the images of {args.parent}; tau is chosen on its own val/")
+        if "val" not in folders.splits:
             raise Refused(f"{folders.root} has no val/ images of the run's classes to choose tau on; give --tau")
         loader = build_evaluation_loader(args.training, folders.splits["val"], pixels_of(record), device)
         predictions, weight = predict(model, loader, None, "validation"), model.heads["main"].weight.detach()
@@ -123,7 +126,7 @@ def rescale(args: argparse.Namespace) -> None:
     with torch.no_grad():
         head.weight.copy_(normalized(head.weight, tau))
         head.bias.zero_()
-    own = {name: plain_flags(args.training)[name] for name in ("run_name", "root_model", "root_log")}
+    own = {name: plain_flags(args.training)[name] for name in OWN}
     record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
     record |= {"parent_weights": args.parent_weights}
     record |= {"tau": tau, "val_balanced_accuracy_by_tau": scores}
@@ -131,7 +134,7 @@ def rescale(args: argparse.Namespace) -> None:
         run.check_unchanged()
         run.begin(record, 0, fresh=True)
         save_weights(run.path / "last.safetensors", model, None, read_weights(args.parent, args.parent_weights)[1])
-    say(f"tau {tau:g}; test it with: python imagenet_lt_test.py --model_dir {run.path}")
+    say(f"tau {tau:g}; test it with: {run.test_command()}")
 
 
 def normalized(weight: torch.Tensor, tau: float) -> torch.Tensor:

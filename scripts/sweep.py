@@ -24,9 +24,12 @@ from engine import files
 from engine.compare import what_is_missing
 from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
+from engine.files import read_json
 from engine.flags import Parser, number_in
 from engine.hardware import num_cores
+from engine.metrics import FEW, MANY
 from engine.options import train_parser
+from engine.record import read_record
 from engine.run import MAY_CHANGE, RunFolder
 from scripts import compare_runs
 
@@ -96,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     if done and not args.line:
         flags = [*(str(run.folder) for run in done), "--output", str(root_model / "comparison")]
         compare_runs.main(compare_runs.parse_args(flags))
+    if not failures:
+        failures = [f"{run.name} is not tested on its own images" for run in to_do if run not in done]
     if failures:
         raise Failed(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
 
@@ -199,7 +204,12 @@ def check_folder(run: Run) -> None:
 
 
 def is_done(run: Run) -> bool:
-    return (run.folder / "args.json").is_file() and what_is_missing(run.folder) is None
+    """Whether the run is trained and tested, on its own images and with the default groups of classes."""
+    if not (run.folder / "args.json").is_file() or what_is_missing(run.folder) is not None:
+        return False
+    result = read_json(run.folder / "test" / "metrics.json")
+    own = result.get("split_hash") == read_record(run.folder)["split_hash"]
+    return own and result.get("shot_thresholds", [MANY, FEW]) == [MANY, FEW]
 
 
 def in_use(folder: Path) -> bool:

@@ -16,7 +16,9 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 import imagenet_lt_test
 import imagenet_lt_train
+from engine.options import train_parser
 from engine.run import load_run
+from losses import check_class_weights
 from scripts import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,14 +150,36 @@ def test_a_generator_that_never_starts_is_a_warning(capsys):
         ("--drw_epoch 20", "class weights never begin"),
         ("--drw_epoch 19", None),
         ("--drw_epoch 0.8 --ldam_weight_type none", "--drw_epoch changes nothing"),
+        ("--lr_schedule cosine --lr_decay 0.5", "--lr_decay changes nothing"),
+        ("--lr_milestones 0.5", "--lr_milestones changes nothing"),
+        ("--lr_factor 0.5", "--lr_factor changes nothing"),
+        ("--optimizer adamw --momentum 0.5", "--momentum changes nothing"),
+        ("--stem small --arch resnet32", "--stem small changes nothing"),
+        ("--focal_gamma 5", "--focal_gamma changes nothing"),
+        ("--warmup_epochs 50", "--lr is never reached"),
         ("--drs_epoch 20 --ldam_weight_type none", "DRS never begins"),
         ("--drs_epoch 19 --ldam_weight_type none", None),
     ],
 )
-def test_deferred_weights_and_samplers_that_never_begin_are_a_warning(words, warning, capsys):
+def test_what_never_begins_or_changes_nothing_is_a_warning(words, warning, capsys):
     imagenet_lt_train.parse_args(["--epochs", "20", *words.split()])
     said = capsys.readouterr().err
     assert warning in said if warning else not said
+
+
+@pytest.mark.parametrize(
+    ("words", "counts", "warns"),
+    [
+        ("--ldam_weight_type cbl --cbl_beta 0.9", [600, 60], True),
+        ("--ldam_weight_type cbl --cbl_beta 0.999", [600, 60], False),
+        ("--ldam_weight_type cbl --cbl_beta 0.9", [60, 60], False),
+        ("--ldam_weight_type icf --cbl_beta 0.9", [600, 60], False),
+        ("--ldam_weight_type cbl --add_ldam_loss False", [600, 60], False),
+    ],
+)
+def test_class_balanced_weights_that_are_all_but_equal_are_a_warning(words, counts, warns):
+    warnings = check_class_weights(train_parser().parse_args(words.split()), counts)
+    assert ["all but equal" in warning for warning in warnings] == [True] * warns
 
 
 def test_correcting_twice_is_a_warning(capsys):

@@ -33,7 +33,7 @@ from engine.compare_page import group_table, markdown, pair_table
 from engine.metrics import bootstrap_intervals, confusion_matrix, group_means, per_class, shot_groups
 from engine.report import write_predictions
 from engine.run import HPARAM_METRICS
-from scripts import compare_runs
+from scripts import compare_runs, sweep
 
 COUNTS = [200, 50, 7]  # one class each of many, medium and few
 
@@ -213,6 +213,20 @@ def test_runs_on_other_synthetic_images_are_another_group(make_run):
     hashes = ["a" * 64, "a" * 64, "b" * 64]
     folders = [make_run(f"run{k}", k, record={"synthetic_hash": hashes[k]}) for k in range(3)]
     assert [len(group.runs) for group in grouped([read_run(folder) for folder in folders])] == [2, 1]
+
+
+def test_runs_that_mirror_by_the_word_of_their_data_are_told_apart(make_run):
+    folders = [make_run(f"run{k}", k, record={"mirrored": k == 0}) for k in range(2)]
+    assert [group.flags for group in grouped([read_run(folder) for folder in folders])] == ["hflip True", "hflip False"]
+
+
+@pytest.mark.parametrize("other", [{"split_hash": "0" * 64}, {"shot_thresholds": [50, 10]}])
+def test_a_sweep_tests_a_run_again_that_was_tested_on_other_images_or_groups(make_run, other):
+    run = sweep.Run("on_seed0", make_run("on_seed0", 0), [])
+    assert sweep.is_done(run)
+    path = run.folder / "test" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    assert not sweep.is_done(run)
 
 
 def test_other_hardware_and_changed_code_are_remarked_on(make_run):

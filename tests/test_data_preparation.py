@@ -133,6 +133,49 @@ def test_overwrite_deletes_nothing_that_was_added(tmp_path, photos, capsys):
     assert (tmp_path / "out/synthetic").is_dir()
 
 
+@pytest.mark.parametrize("added", ["train/new/a.png", "train/a/notes.txt", "val/labels.csv"])
+def test_overwrite_deletes_nothing_that_was_added_to_a_split(tmp_path, photos, capsys, added):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    (tmp_path / "out" / added).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / added).write_text("mine")
+    assert f"holds {added}, which" in error_of(capsys, *words, "--data_seed", 1, "--overwrite")
+    assert (tmp_path / "out" / added).read_text() == "mine"
+
+
+def test_files_that_are_left_out_are_counted(tmp_path, photos, capsys):
+    for name in ("a/inner/x.png", "a/y.heic", "loose.jpg", "a/.hidden"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).touch()
+    prepare("folder", "--source", photos, "--output", tmp_path / "out")
+    assert "3 files of" in (line := capsys.readouterr().err)
+    assert "a/inner/x.png, a/y.heic, loose.jpg;" in line
+
+
+@pytest.mark.parametrize(
+    ("folders", "flags", "words"),
+    [
+        (["Train/a", "Train/b", "Test/a"], [], "Test has a name that is not used here"),
+        (["train/a", "train/b", "val/a"], ["--val_fraction", 0.3], "--val_fraction changes nothing"),
+        (["a", "b"], ["--ilsvrc", "nowhere"], "--ilsvrc is for mini-imagenet"),
+    ],
+)
+def test_what_would_change_nothing_or_mislead_is_refused(tmp_path, capsys, folders, flags, words):
+    for folder in folders:
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / "in" / folder / f"{index}.png")
+    assert words in error_of(capsys, "folder", "--source", tmp_path / "in", "--output", tmp_path / "out", *flags)
+
+
+def test_a_folder_that_wraps_the_classes_may_have_any_name(tmp_path, photos):
+    photos.rename(tmp_path / "images")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "images").rename(tmp_path / "in/images")
+    prepare("folder", "--source", tmp_path / "in", "--output", tmp_path / "out")
+    assert read_image_folders(tmp_path / "out").classes == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"), [("photos", "photos"), ("photos.v2", "photos.v2"), ("a.b.tar.gz", "a.b"), ("x.zip", "x")]
 )

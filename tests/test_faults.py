@@ -66,10 +66,13 @@ def test_a_file_deleted_during_training_is_named(tmp_path, tiny_dataset, capsys)
 
 
 def test_a_killed_worker_is_reported(tmp_path, tiny_dataset, capsys):
-    thread = when(
-        lambda: has_saved(tmp_path) and multiprocessing.active_children(),
-        lambda: min(multiprocessing.active_children(), key=lambda worker: worker.pid).kill(),  # later: one of val's
-    )
+    others = multiprocessing.active_children()  # of earlier tests
+
+    def workers() -> list[multiprocessing.Process]:
+        own = [worker for worker in multiprocessing.active_children() if worker not in others]
+        return sorted(own, key=lambda worker: worker.pid)  # training's comes before val's
+
+    thread = when(lambda: has_saved(tmp_path) and workers(), lambda: workers()[0].kill())
     line = failure(capsys, lambda: train(tmp_path, tiny_dataset, *FROM_FILES))
     thread.join()
     assert "a data worker died" in line

@@ -85,6 +85,11 @@ def test_another_machine_and_other_flags_are_other_rows_and_the_flags_are_named(
     ]
 
 
+def test_a_folder_with_a_blank_is_no_flag():
+    command = "python imagenet_lt_train.py @scripts/recipes/any_folder.txt --data_dir 'data/my photos' --lr 1 --seed 0"
+    assert ledger.changes({"command": command}) == "--lr 1"
+
+
 def test_a_row_that_is_measured_on_other_data_is_shown_without_a_published_figure():
     text = ledger.page([ENTRY | {"data": "CIFAR10_ir50"}])
     (cells,) = table_of(text[text.index("## CIFAR10_ir50") - 1 :], "cifar_rsg")

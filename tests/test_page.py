@@ -354,7 +354,7 @@ def test_the_training_command_gives_the_same_flags(tmp_path, flags):
 
 def test_the_page_says_how_to_do_it_again(tmp_path):
     page, _ = write(tmp_path, **FOUR)
-    again = "python imagenet_lt_train.py --data_dir 'some folder' --add_rsg False --seed 7"
+    again = "python imagenet_lt_train.py --data_dir 'some folder' --add_rsg False --run_name 'a run' --seed 7"
     assert page.pre == ["1 CE(linear) + 0.9 <b>SupCon</b>", again, COMMAND]
     changed = re.findall(r'class="set"><dt>(\w+)</dt><dd>(.*?)</dd>', page.source)
     assert changed == [("data_dir", "some folder"), ("add_rsg", "False")]

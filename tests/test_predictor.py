@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +128,33 @@ def test_predictions_under_a_prior_have_a_table_of_their_own(run):
     assert not (run / "predict" / "rare.csv").exists()
 
 
+def test_another_folder_of_the_same_name_does_not_replace_a_table(run, tmp_path, capsys):
+    (own := tmp_path / "common").mkdir()
+    shutil.copy(run.parent / "data" / "test" / "rare" / "0.png", own)
+    ask(run, "--images", own)
+    ask(run, "--images", own)
+    before = (run / "predict" / "common.csv").read_bytes()
+    line = refused(capsys, lambda: ask(run, "--images", run.parent / "data" / "test" / "common"))
+    assert f"holds the predictions for {own}" in line
+    assert (run / "predict" / "common.csv").read_bytes() == before
+
+
+def test_priors_from_files_of_one_name_have_folders_of_their_own(run, tmp_path):
+    for odds in ("1", "7"):
+        (tmp_path / odds).mkdir()
+        (tmp_path / odds / "prior.txt").write_text(f"common {odds}\nodd, name 1\nrare 1\n")
+        ask(run, "--test_prior", tmp_path / odds / "prior.txt")
+    assert len(list(run.glob("test_prior_prior-*/metrics.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--images", "nowhere"], "nowhere is no folder"),
         (["--images", "{empty}"], "holds no image"),
         (["--images", "{empty}", "--post_hoc"], "no labels"),
+        (["--images", "{empty}", "--split", "val"], "no split"),
+        (["--images", "{empty}", "--shot_thresholds", "5", "2"], "no split"),
         (["--post_hoc", "--split", "val"], "another --split"),
         (["--post_hoc", "--test_prior", "uniform"], "give one"),
         (["--test_prior", "nowhere.txt"], "nowhere.txt is no file"),

@@ -81,7 +81,8 @@ def test_a_run_killed_before_its_first_state_begins_with_its_weights_again(tmp_p
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, signal_number):
     whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1")
     command = [sys.executable, "imagenet_lt_train.py", *flags_for(tmp_path / "stopped", tiny_dataset, "--workers", "1")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
+    same_threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=same_threads)
     log = tmp_path / "stopped" / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n")) and time.monotonic() < deadline:
@@ -128,6 +129,33 @@ def test_a_finished_run_whose_state_is_gone_is_not_begun_again(tmp_path, tiny_da
         train(tmp_path, tiny_dataset, "--resume")
     assert "no state.pt to go on from" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_finished_run_of_one_epoch_whose_state_is_gone_is_not_begun_again(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset, "--epochs", "1")
+    (run / "state.pt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset, "--epochs", "1", "--resume")
+    assert "no state.pt to go on from" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_word_on_mirroring(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    assert json.loads((run / "args.json").read_text())["mirrored"] is True
+    (run / "state.previous.pt").replace(run / "state.pt")
+    (tiny_dataset / "dataset.json").write_text('{"hflip": false}')
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset, "--resume")
+    assert "not to be mirrored" in capsys.readouterr().err
+
+
+def test_a_run_does_not_replace_the_weights_that_it_starts_from(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset)
+    before = (run / "last.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset, "--overwrite", "--weights", str(run / "last.safetensors"))
+    assert "would be replaced" in capsys.readouterr().err
+    assert (run / "last.safetensors").read_bytes() == before
 
 
 def test_going_on_with_another_number_of_processes_is_a_warning(tmp_path, tiny_dataset, capsys):

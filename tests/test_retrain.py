@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     with pytest.raises(SystemExit, match="2"):
         retrain(tmp_path, "--method", "tau")
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_tau_is_not_chosen_on_other_images_nor_written_over_its_parent(tmp_path, tiny_dataset, capsys):
+    parent = trained(tmp_path, tiny_dataset, LINEAR)
+    shutil.copytree(tiny_dataset, tmp_path / "other")
+    next((tmp_path / "other" / "val" / "common").iterdir()).unlink()
+    for words, said in (
+        (["--data_dir", str(tmp_path / "other")], "does not hold the images of"),
+        (["--run_name", "parent", "--overwrite"], "would be replaced"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            retrain(tmp_path, "--method", "tau", *words)
+        assert said in capsys.readouterr().err
+    assert (parent / "best.safetensors").is_file()
 
 
 def test_a_rescaled_run_says_how_it_was_made_and_is_not_taken_for_a_training(tmp_path, tiny_dataset, capsys):
