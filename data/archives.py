@@ -10,9 +10,8 @@ from pathlib import Path, PureWindowsPath
 
 from tqdm import tqdm
 
+from data.folders import SPLITS
 from engine.errors import Refused
-
-SPLIT_NAMES = {"train", "val", "test"}
 
 
 def unpacked(path: Path | None, folder: Path) -> Path | None:
@@ -25,7 +24,7 @@ def unpacked(path: Path | None, folder: Path) -> Path | None:
         path = folder
     while True:
         inner = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        if len(inner) != 1 or not inner[0].is_dir() or inner[0].name in SPLIT_NAMES:
+        if len(inner) != 1 or not inner[0].is_dir() or inner[0].name in SPLITS:
             return path
         path = inner[0]
 

@@ -78,7 +78,7 @@ def check_optimizer_flags(args: argparse.Namespace, defaults: argparse.Namespace
         for flag, use in idle.items()
         if use and getattr(args, flag) != getattr(defaults, flag)
     ]
-    if (warmup := resolved_epoch(args, "warmup_epochs")) >= args.epochs:
+    if (warmup := resolved_epoch(args, "warmup_epochs")) > args.epochs:
         warnings.append(f"--lr is never reached: its warm-up takes {warmup} epochs, and there are {args.epochs}")
     return warnings
 

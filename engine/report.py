@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from data.folders import ImageFolders
 from engine.console import printable
-from engine.files import write_atomically, write_json
+from engine.files import read_json, write_atomically, write_json
 from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class
 from engine.page import Predictions, write_page
 from engine.record import read_log
@@ -47,6 +47,10 @@ def write_report(
     """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`, features.png where ``features``
     [N, D] are given. ``command`` is the one that tests like this."""
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_json(folder / "metrics.json", default=result)
+    if any(earlier.get(key) != result[key] for key in ("split_hash", "weights_hash")):
+        for name in ("post_hoc.json", "features.png"):  # which this test may not make
+            (folder / name).unlink(missing_ok=True)
     paths, targets = folders.splits[result["split"]]
     targets, classes, counts = np.array(targets), record["classes"], record["class_counts"]
     probabilities, predicted = softmax(logits, axis=1), logits.argmax(axis=1)
@@ -64,9 +68,6 @@ def write_report(
     plot_reliability(folder / "reliability.png", probabilities.max(axis=1), predicted == targets)
     if features is not None:
         plot_features(folder / "features.png", features, targets, predicted, names, counts, groups)
-    for name in ("features.png", "post_hoc.json"):  # of an earlier test, where this one makes none
-        if (features is None or name != "features.png") and (folder / name).exists():
-            (folder / name).unlink()
     page = folder / "report.html"
     predictions = Predictions(paths, files, targets, predicted, probabilities.max(axis=1))
     feature_map = None if features is None else folder / "features.png"

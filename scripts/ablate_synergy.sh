@@ -12,7 +12,7 @@ command -v torchrun >/dev/null || source scripts/environment.sh requirements.txt
 # Linear head, so SupCon + LDAM is judged on NormedLinear. Class weights come last: LDAM has ICF weights by default, and
 # they alone would move the tail.
 exec python scripts/sweep.py ablate_synergy '
-    # each line adds one thing to the line before
+    # each line changes one thing of the line before: the head, the losses, RSG, class weights
     ce                   --norm_out False --add_rsg False --add_ldam_loss False --add_supcon_loss False --add_cross_entropy_loss True
     ce_normed            --norm_out True  --add_rsg False --add_ldam_loss False --add_supcon_loss False --add_cross_entropy_loss True
     supcon_ldam          --norm_out True  --add_rsg False --add_ldam_loss True  --add_supcon_loss True  --ldam_weight_type none

@@ -84,6 +84,16 @@ def test_the_comparison_holds_the_plain_metrics_and_three_corrections(run, teste
     assert content["rows"]["temperature"]["nll"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_corrections_do_not_outlive_the_test_that_they_were_of(run, tmp_path):
+    ask(run, "--weights", "last", "--post_hoc")
+    ask(run, "--weights", "last")
+    assert (run / "test_last" / "post_hoc.json").is_file()
+    shutil.copytree(run.parent / "data", tmp_path / "other")
+    next((tmp_path / "other" / "test" / "common").iterdir()).unlink()
+    ask(run, "--weights", "last", "--data_dir", tmp_path / "other")
+    assert not (run / "test_last" / "post_hoc.json").exists()
+
+
 def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run, tested):
     before = (run / "test" / "metrics.json").read_bytes()
     result = ask(run, "--test_prior", "uniform")
