@@ -79,9 +79,11 @@ are balanced test accuracies in per cent of the last epoch, mean ± sample stand
 the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
 to 100, fewer than 20 training images. Head: the fifth of the classes with most of them; tail: all others. Published
 figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, last epoch, judged on the test set, on the
-original images and other draws of the tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG.
+original images and other draws of the tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG
+(quality 75, colours at half the resolution), which loses detail at 32 px; how much accuracy that costs is not measured.
 Beside cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
-epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either."""
+epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. That of a gap with all epochs is not known
+until cross-entropy has been measured with as many on the same images."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
