@@ -70,13 +70,14 @@ def write_page(
     ``groups`` are many, medium and few, ``log`` the rows of log.jsonl, ``command`` is that of the test, ``feature_map``
     a PNG. An image that is gone is named in place of its picture.
     """
+    name = path.absolute().parent.parent.name
     rows = class_rows(predictions, record, groups)
     order = [row["index"] for row in rows]
     largest = max(row["train"] for row in rows)
     confusion = confusion_matrix(predictions.targets, predictions.predicted, len(order))[order][:, order]
     defaults = plain_flags(train_parser().parse_args([]))
     page = template().render(
-        run=path.absolute().parent.parent.name,
+        run=name,
         result=result,
         record=record,
         figures={key: name for key, name in FIGURES.items() if key in result},
@@ -94,7 +95,7 @@ def write_page(
         curves=[*loss_curves(log), *filter(None, [accuracy_curve(log)])],
         about=about(result, record),
         flags={flag: (plain_text(value), value != defaults.get(flag)) for flag, value in record["flags"].items()},
-        commands=[training_command(record, defaults, path.absolute().parent.parent.name), command],
+        commands=[training_command(record, defaults, name), command],
     )
     write_atomically(path, lambda file: file.write(page.encode(errors="backslashreplace")))  # file names are bytes
 

@@ -18,8 +18,8 @@ class RareSampleGenerator(nn.Module):
     largest classes are head classes. `generating` is False while the centres are learnt and set to True, once an
     epoch, from the epoch on in which rows are generated. Its own losses never train the stages before it.
 
-    The contrastive module's last layer begins like any `torch.nn.Linear`. With N(0, 1), as in the public code, its
-    first losses are in the thousands at the usual learning rate and throw its weights far off.
+    The contrastive module's last layer begins like any `torch.nn.Linear`. With weights from N(0, 1) its first losses
+    are in the thousands at the usual learning rate and throw its weights far off.
     """
 
     def __init__(

@@ -82,8 +82,8 @@ figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, last 
 original images and other draws of the tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG
 (quality 75, colours at half the resolution), which loses detail at 32 px; how much accuracy that costs is not measured.
 Beside cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
-epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. That of a gap with all epochs is not known
-until cross-entropy has been measured with as many on the same images."""
+epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. Why LDAM-DRW stays below its
+figure with all epochs is not known: cross-entropy with as many is not measured on these images."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
