@@ -59,7 +59,10 @@ class Run(NamedTuple):
 
 @one_line_errors
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    sweep, settings, *words = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) < 2 or argv[0].startswith("-"):
+        raise Refused("the settings come from a script, as in: bash scripts/ablate_losses.sh --help")
+    sweep, settings, *words = argv
     own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = Parser(ABOUT.format(sweep=sweep, settings=settings))
     parser.prog, parser.usage = f"bash scripts/{sweep}.sh", "%(prog)s DATA [flags of the sweep] [-- flags of the runs]"

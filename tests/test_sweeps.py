@@ -183,6 +183,7 @@ def test_what_the_sweep_sets_is_refused_from_the_user(tmp_path, tiny_dataset, ca
     assert "out of range" in message(data, "--", "--cbl_beta", "2")
     assert "stands there twice" in message(data, "--seeds", "1", "1")
     assert "nowhere" in message(str(tmp_path / "nowhere"))
+    assert "bash scripts/" in refused(capsys, sweep.parse_args, ["--help"])  # not by one of the scripts
 
 
 def test_a_folder_with_a_run_of_other_flags_is_refused_with_both_values(tmp_path, tiny_dataset, capsys):
