@@ -16,18 +16,34 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None], keep_previo
     name ``keep_previous`` if given. `Failed` when the disk is full or refuses."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous is not None and path.exists():
-            path.replace(keep_previous)
-        temporary.replace(path)
+        with _alone(temporary) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if keep_previous is not None and path.exists():
+                    path.replace(keep_previous)
+                temporary.replace(path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         _flush_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise Failed(f"cannot write {path}: {error.strerror}; what was saved before is intact") from None
+
+
+def _alone(temporary: Path) -> IO[bytes]:
+    """``temporary`` opened for writing, empty; another process that has it open so is waited for."""
+    while True:
+        file = open(temporary, "wb", opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        opened = os.fstat(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(opened, temporary.stat()):  # not renamed while this one waited
+                if opened.st_size:
+                    file.truncate()  # what a killed process left
+                return file
+        file.close()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -67,8 +83,9 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; `Failed` when another one does. The lock dies with the process."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold ``folder`` for this process; while another one does, ``wait``, or `Failed`. The lock dies with the
+    process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -76,7 +93,10 @@ def locked(folder: Path) -> Iterator[None]:
         raise Failed(f"cannot write to {folder}: {error.strerror}") from None
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not shared with worker processes
+            # unlike flock's, not shared with worker processes
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise Failed(f"another process is training in {folder}; wait for it or choose another --run_name") from None
+            raise Failed(
+                f"another process is at work in {folder}; wait for it, or write elsewhere with --run_name"
+            ) from None
         yield

@@ -17,7 +17,7 @@ draw() { # into the folder $1, in the mode $2; the other arguments go to the scr
     # shellcheck disable=SC2086 # SYNTHESIS is several words
     python scripts/synthesize_tail.py "$data" --output "$1" --mode "$2" ${SYNTHESIS:-} "${@:3}"
 }
-if [[ ! " $* " =~ \ (--help|-h|--list|--line)\  ]]; then
+if [[ ! " $* " =~ \ (--help|-h|--list|--line(=[0-9]*)?)\  ]]; then
     [ -n "${FILTER:-}" ] || { echo "error: FILTER is to name a trained run, like FILTER=checkpoint/RUN" >&2; exit 2; }
     for mode in text2img img2img; do
         all=$data/synthetic_$mode agreed=$data/synthetic_${mode}_agreed
@@ -28,7 +28,8 @@ if [[ ! " $* " =~ \ (--help|-h|--list|--line)\  ]]; then
         draw "$agreed" $mode --filter_model "$FILTER"
     done
 fi
-folder=$(printf %q "$data")
+quoted="'\\''"
+folder="'${data//"'"/$quoted}'" # printf %q may write $'...', which is not every shell's
 exec python scripts/sweep.py ablate_synthetic "
     none             --synthetic_weight 0
     # black, flat and repeated images are out everywhere; agreed: so are those whose class the run FILTER does not find

@@ -22,7 +22,7 @@ import imagenet_lt_train
 from engine.compare import Run, read_run, what_is_missing
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
-from engine.files import write_atomically
+from engine.files import locked, write_atomically
 from engine.flags import Parser, command_line
 from engine.record import plain_flags
 from engine.run import MAY_CHANGE
@@ -78,7 +78,8 @@ Written by `scripts/ledger.py` from the runs in ledger.jsonl; `bash scripts/repr
 are balanced test accuracies in per cent of the last epoch, mean ± sample standard deviation over n runs; "chosen" is
 the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of more than 100, 20
 to 100, fewer than 20 training images. Head: the fifth of the classes with most of them; tail: all others. Published
-figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, last epoch, judged on the test set, on the
+figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, of the last epoch or of the best one on the
+test set, which is what much public code reports, on the
 original images and other draws of the tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG
 (quality 75, colours at half the resolution), which loses detail at 32 px; how much accuracy that costs is not measured.
 Beside cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
@@ -99,12 +100,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
-    path = args.output / "ledger.jsonl"
+    with locked(args.output, wait=True):  # two sweeps may end together
+        add(args.folders, args.output / "ledger.jsonl", args.output / "ledger.md")
+
+
+def add(given_folders: list[Path], path: Path, page_path: Path) -> None:
+    """Add the runs in these folders to the ledger at ``path``, and write its page."""
     held = {identity(entry): entry for entry in read_ledger(path)}
-    for given in args.folders:
+    for given in given_folders:
         folders = [folder for folder in (given, *sorted(given.glob("*/"))) if (folder / "args.json").is_file()]
         if not folders:
-            raise Refused(f"{given} holds no run")
+            if len(given_folders) == 1:
+                raise Refused(f"{given} holds no run")
+            warn(f"{given} holds no run")
         for folder in folders:
             if missing := what_is_missing(folder):
                 warn(f"{folder} is {missing}: it is not added")
@@ -120,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
     entries = [held[key] for key in sorted(held)]
     lines = "".join(f"{json.dumps(entry)}\n" for entry in entries)
     write_atomically(path, lambda file: file.write(lines.encode()))
-    write_atomically(args.output / "ledger.md", lambda file: file.write(page(entries).encode()))
+    write_atomically(page_path, lambda file: file.write(page(entries).encode()))
     say(f"{len(entries)} runs in {path}")
 
 

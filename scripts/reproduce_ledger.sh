@@ -12,9 +12,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v torchrun >/dev/null || source scripts/environment.sh requirements.txt # an environment of yours, or .venv
 
-case $(basename "${1:-}") in
+case $(basename -- "${1:-}") in
     CIFAR*) rows='cifar_ce cifar_ldam_drw cifar_rsg cifar_mixup_drw cifar_best cifar_best_x4 original' ;;
     mini-ImageNet*) rows='original mini_imagenet' ;;
+    --help | -h) rows= ;;
+    -*) echo 'error: DATA comes first, the flags after it; see --help' >&2; exit 2 ;;
     *) rows= ;;
 esac
 rows+=' any_folder any_folder_ce'
@@ -27,8 +29,8 @@ for row in ${ROWS:-$rows}; do
     settings+=$'\n'"$row @scripts/recipes/$recipe.txt $flags"
 done
 code=0
-python scripts/sweep.py ledger "$settings" "$@" || code=$?
-if [[ ! " $* " =~ \ (--help|-h|--list|--line)\  ]] && ((code < 2)); then # 1: some runs failed, the others count
+python scripts/sweep.py reproduce_ledger "$settings" "$@" || code=$?
+if [[ ! " $* " =~ \ (--help|-h|--list|--line(=[0-9]*)?)\  ]] && ((code < 2)); then # 1: some runs failed, the others count
     shopt -s nullglob
     python scripts/ledger.py checkpoint/ledger_*
 fi

@@ -97,7 +97,8 @@ def main(args: argparse.Namespace) -> None:
     threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // args.jobs))} if args.jobs > 1 else {}
     say(f"{len(runs)} runs in {root_model}, {len(runs) - len(to_do)} of them done; {args.jobs} at a time")
     logs = None if args.line else root_model
-    failures = run_all(to_do, args.jobs, threads | os.environ, logs)
+    with files.locked(root_model) if logs else contextlib.nullcontext():  # lines of the list may run side by side
+        failures = run_all(to_do, args.jobs, threads | os.environ, logs)
     done = [run for run in runs if is_done(run)]
     if done and not args.line:
         flags = [*(str(run.folder) for run in done), "--output", str(root_model / "comparison")]
@@ -129,7 +130,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     if "test" not in folders.splits:
         raise Refused(f"{args.data_dir} has no test images, without which nothing can be compared")
     defaults = {} if recipes else vars(train_parser().parse_args([]))  # beside a recipe a default is a change
-    sweep = sweep_name(args.sweep, args.data_dir, extra, given, defaults)
+    sweep = sweep_name(args.sweep.removeprefix("reproduce_"), args.data_dir, extra, given, defaults)
     root_model, root_log = extra.root_model / sweep, extra.root_log / sweep
     fixed = [
         "--data_dir",
@@ -228,14 +229,18 @@ def in_use(folder: Path) -> bool:
 
 def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path | None) -> list[str]:
     """Carry out ``runs``, so many at a time; their output goes into ``logs``, or where ours goes. Returns what failed,
-    in words. A signal is handed on to the runs, which save; then the sweep ends with the signal's exit code."""
+    in words. A signal is handed on to the runs, which save; then the sweep ends with the signal's exit code. A hang-up
+    is a SIGTERM to the runs, which do not know it, and nothing under nohup."""
     processes: set[subprocess.Popen] = set()
     received = []
 
     def hand_on(number: int, frame) -> None:
         received.append(number)
         for process in list(processes):
-            process.send_signal(number)
+            stop(process)
+
+    def stop(process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGINT if received[-1] == signal.SIGINT else signal.SIGTERM)
 
     def carry_out(run: Run) -> str | None:
         if in_use(run.folder):
@@ -249,7 +254,7 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
                 process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 processes.add(process)
                 if received:  # between the question above and the start
-                    process.send_signal(received[-1])
+                    stop(process)
                 code = process.wait()
                 processes.discard(process)
             if code and not received:
@@ -262,7 +267,9 @@ def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path 
     failures = []
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
-    former = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+    former = {number: signal.signal(number, hand_on) for number in numbers}
     try:
         with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
             started = {pool.submit(carry_out, run): run for run in runs}

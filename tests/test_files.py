@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def run(code: str, *arguments: Path) -> subprocess.Popen:
+def run(code: str, *arguments: Path | str) -> subprocess.Popen:
     """A process of its own with ``code``; its words are in ``sys.argv``."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -155,6 +156,25 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         write(path, b"content")
 
 
+OVERWRITE = """
+    import sys
+    from pathlib import Path
+    from engine.files import write_atomically
+    for _ in range(200):
+        write_atomically(Path(sys.argv[1]), lambda file: [file.write(sys.argv[2].encode()) for _ in range(100)])
+"""
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path):
+    path = tmp_path / "a.bin"
+    write(path, b"a" * 100)
+    writers = [run(OVERWRITE, path, letter) for letter in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        assert path.read_bytes() in (b"a" * 100, b"b" * 100)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert [each.name for each in tmp_path.iterdir()] == ["a.bin"]
+
+
 # --- locks
 
 
@@ -169,7 +189,7 @@ HOLD = """
 
 
 def assert_held(folder: Path) -> None:
-    with pytest.raises(Failed, match=f"another process is training in {folder}"), locked(folder):
+    with pytest.raises(Failed, match=f"another process is at work in {folder}"), locked(folder):
         pass
 
 
@@ -191,6 +211,14 @@ def test_a_folder_held_by_another_process_is_refused_until_it_lets_go(tmp_path):
     assert_held(tmp_path)
     process.communicate()  # closes its standard input, at which it ends
     assert_free(tmp_path)
+
+
+def test_a_folder_held_by_another_process_can_be_waited_for(tmp_path):
+    process = run(HOLD, tmp_path)
+    assert process.stdout.readline() == "held\n"
+    threading.Timer(0.2, process.stdin.close).start()
+    with locked(tmp_path, wait=True):
+        assert process.wait() == 0
 
 
 def test_a_lock_dies_with_its_process(tmp_path):

@@ -139,6 +139,9 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     assert "tested on other data" in refusal(tmp_path / "any_folder_seed3", capsys)
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))  # as one of a sweep it stops no other
     assert "tested on other data" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()  # as a sweep leaves whose runs have all failed
+    ledger.main(ledger.parse_args([str(tmp_path / "empty"), str(tmp_path), "--output", str(tmp_path)]))
+    assert "empty holds no run" in capsys.readouterr().err
     assert (tmp_path / "ledger.jsonl").read_text() == ""
     result = imagenet_lt_test.main(imagenet_lt_test.parse_args(test))
     for _ in range(2):

@@ -236,7 +236,7 @@ def test_so_many_runs_at_a_time(tmp_path):
     assert sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_each_run_once_and_ends_the_sweep(tmp_path, number):
     script = (
         f"trap 'echo saved >> {tmp_path}/saved; exit 9' INT TERM; touch {tmp_path}/$0; while :; do sleep 0.01; done"
@@ -248,12 +248,24 @@ def test_a_signal_reaches_each_run_once_and_ends_the_sweep(tmp_path, number):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
+    former = signal.signal(number, signal.SIG_DFL)  # also where pytest runs under nohup
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as error:
         sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs")
+    signal.signal(number, former)
     assert error.value.code == 128 + number
     assert (tmp_path / "saved").read_text() == "saved\nsaved\n"
     assert not (tmp_path / "c").exists()
+
+
+def test_under_nohup_a_hang_up_stops_nothing(tmp_path):
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        runs = [shell_run(tmp_path, "run", f"kill -HUP {os.getpid()}; echo done")]
+        assert sweep.run_all(runs, 1, dict(os.environ), tmp_path / "logs") == []
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert (tmp_path / "logs" / "run.txt").read_text() == "done\n"
 
 
 def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys):
@@ -270,8 +282,13 @@ def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys)
     assert "run waits for another process" in capsys.readouterr().out
 
 
+def test_data_may_have_any_name(tmp_path):
+    words = words_of(tmp_path / "bin", "scripts/ablate_synthetic.sh", "a b's/données", "--list", LC_ALL="C")
+    assert sweep.parse_args(words).settings["img2img"][-1] == "a b's/données/synthetic_img2img"
+
+
 @pytest.mark.parametrize(
-    ("name", "data"), [("ablate_rsg", "DATA"), ("ledger", "CIFAR10"), ("ablate_synthetic", "DATA")]
+    ("name", "data"), [("ablate_rsg", "DATA"), ("reproduce_ledger", "CIFAR10"), ("ablate_synthetic", "DATA")]
 )
 def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
     """With an ``srun`` that runs what it is given, as Slurm's does on the node."""
@@ -281,7 +298,7 @@ def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
     arguments = words_of(
         tmp_path / "bin",
         "scripts/slurm.sbatch",
-        f"scripts/{'reproduce_ledger' if name == 'ledger' else name}.sh",
+        f"scripts/{name}.sh",
         data,
         "--seeds",
         "5",
@@ -289,5 +306,5 @@ def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
     )
     args = sweep.parse_args(arguments)
     assert (args.sweep, args.line, args.data_dir, args.seeds) == (name, 3, Path(data), [5])
-    assert ("cifar_rsg" in args.settings) == (name == "ledger")
+    assert ("cifar_rsg" in args.settings) == (name == "reproduce_ledger")
     assert args.settings.get("img2img", ["DATA/synthetic_img2img"])[-1] == "DATA/synthetic_img2img"
