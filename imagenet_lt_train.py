@@ -28,7 +28,7 @@ from engine.optim import (
     set_learning_rate,
     steps_in_epoch,
 )
-from engine.options import check_run_flags, train_parser
+from engine.options import check_idle_flags, check_run_flags, train_parser
 from engine.record import describe, new_record
 from engine.run import RunFolder, pixels_of
 from engine.selection import Selection, build_selection
@@ -45,8 +45,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_run_flags(args)
     sampler = sampler_of(args, args.epochs - 1)
-    warnings = check_optimizer_flags(args, parser.parse_args([]))
-    warnings += [*check_data_flags(args), *check_model_flags(args), *check_rsg_flags(args)]
+    warnings = check_idle_flags(args, parser.parse_args([]))
+    warnings += [
+        *check_optimizer_flags(args),
+        *check_data_flags(args),
+        *check_model_flags(args),
+        *check_rsg_flags(args),
+    ]
     for warning in [*warnings, *check_loss_flags(args, sampler)]:
         warn(warning)
     return args
@@ -97,6 +102,8 @@ def main(args: argparse.Namespace) -> None:
         if saved:
             run.check_same_start(record)
             state.load(saved)
+            if run.holds_weights_of(state.epoch):
+                state.best = None  # is overwritten; the epoch that did it is repeated
         if distributed.is_main():
             run.begin(record, state.epoch, fresh=not saved)
         say(describe(args, folders, record))

@@ -56,9 +56,9 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_optimizer_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
-    """Warnings about flags that are not at their ``defaults`` and change nothing; `Refused` when no epoch is left, or
-    for settings of an optimiser that is not in use."""
+def check_optimizer_flags(args: argparse.Namespace) -> list[str]:
+    """A warning about a warm-up without end; `Refused` when no epoch is left, or for settings of an optimiser that is
+    not in use."""
     if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
         raise Refused("--nesterov is a kind of SGD's momentum; it needs --optimizer sgd and a --momentum above 0")
     if args.ema_decay == 1:
@@ -67,20 +67,9 @@ def check_optimizer_flags(args: argparse.Namespace, defaults: argparse.Namespace
         raise Refused(
             f"--start_epoch {args.start_epoch}: epochs count from 0, the last of {args.epochs} is {args.epochs - 1}"
         )
-    idle = {
-        "lr_decay": args.lr_schedule != "exponential" and "--lr_schedule exponential",
-        "lr_milestones": args.lr_schedule != "step" and "--lr_schedule step",
-        "lr_factor": args.lr_schedule != "step" and "--lr_schedule step",
-        "momentum": args.optimizer != "sgd" and "--optimizer sgd",
-    }
-    warnings = [
-        f"--{flag} changes nothing: it is for {use}"
-        for flag, use in idle.items()
-        if use and getattr(args, flag) != getattr(defaults, flag)
-    ]
     if (warmup := resolved_epoch(args, "warmup_epochs")) > args.epochs:
-        warnings.append(f"--lr is never reached: its warm-up takes {warmup} epochs, and there are {args.epochs}")
-    return warnings
+        return [f"--lr is never reached: its warm-up takes {warmup} epochs, and there are {args.epochs}"]
+    return []
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

@@ -12,7 +12,7 @@ from engine.evaluate import PREDICT_WITH
 from engine.flags import Parser, add_switch, number_in
 from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
-from losses import add_loss_flags
+from losses import CLASSIFICATION_LOSSES, add_loss_flags, losses_on
 from models import add_model_flags
 from rsg import add_rsg_flags
 
@@ -57,6 +57,34 @@ def check_run_flags(args: argparse.Namespace) -> None:
     """`Refused` for wishes that exclude each other."""
     if args.resume and args.overwrite:
         raise Refused("--resume goes on with the run in the folder, --overwrite replaces it; give one")
+
+
+def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
+    """Warnings about flags that are not at their ``defaults`` and change nothing."""
+    has_cbl = any(getattr(args, f"{name}_weight_type") == "cbl" for name in losses_on(args))
+    counts_with = {  # beginning of a flag's name: (whether the flag counts, with what)
+        **{f"{name}_": (getattr(args, f"add_{name}_loss"), f"--add_{name}_loss") for name in CLASSIFICATION_LOSSES},
+        "logit_adjust_tau": (args.add_logit_adjusted_loss, "--add_logit_adjusted_loss"),
+        "cbl_beta": (has_cbl, "a loss with class-balanced weights, as --ldam_weight_type cbl"),
+        "supcon_": (args.add_supcon_loss, "--add_supcon_loss"),
+        "supcon_generated": (args.add_supcon_loss and args.add_rsg, "--add_supcon_loss and --add_rsg"),
+        "arc_": (args.add_arc_margin_loss, "--add_arc_margin_loss"),
+        "am_": (args.add_add_margin_loss, "--add_add_margin_loss"),
+        "sphere_": (args.add_sphere_loss, "--add_sphere_loss"),
+        "rsg_": (args.add_rsg, "--add_rsg"),
+        "epoch_thresh": (args.add_rsg, "--add_rsg"),
+        "lr_decay": (args.lr_schedule == "exponential", "--lr_schedule exponential"),
+        "lr_milestones": (args.lr_schedule == "step", "--lr_schedule step"),
+        "lr_factor": (args.lr_schedule == "step", "--lr_schedule step"),
+        "momentum": (args.optimizer == "sgd", "--optimizer sgd"),
+        "backbone_lr": (not args.freeze_backbone, "a backbone that trains, without --freeze_backbone"),
+    }
+    idle = {}
+    for flag, default in vars(defaults).items():
+        for beginning, (counts, use) in counts_with.items():
+            if flag.startswith(beginning) and not counts and getattr(args, flag) != default:
+                idle[flag] = use
+    return [f"--{flag} changes nothing: it is for {use}" for flag, use in idle.items()]
 
 
 def evaluation_parser(description: str = "") -> Parser:

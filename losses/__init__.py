@@ -144,8 +144,12 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             f"corrected twice: the logit-adjusted loss and --logit_adjusted_weight_type "
             f"{args.logit_adjusted_weight_type} both make up for rare classes"
         )
-    if args.focal_gamma != 2 and not args.add_focal_loss:
-        warnings.append("--focal_gamma changes nothing: the focal loss is off; see --add_focal_loss")
+    if (
+        args.freeze_backbone
+        and args.add_supcon_loss
+        and not any((args.supcon_projection_dim, args.supcon_balance, args.add_rsg))
+    ):
+        warnings.append("SupCon trains nothing: it sees the features, which --freeze_backbone keeps as they are")
     if args.drw_epoch is not None and not weighted:
         warnings.append("--drw_epoch changes nothing: no loss that is on has class weights; see --ldam_weight_type")
     elif args.drw_epoch is not None and resolved_epoch(args, "drw_epoch") >= args.epochs:
@@ -210,7 +214,7 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
         head_terms,
         _supcon(args) if args.add_supcon_loss else None,
         args.supcon_loss_weight,
-        args.supcon_generated,
+        args.supcon_generated if args.add_rsg else "all",
         "projections" if args.supcon_projection_dim else "features",
         args.rsg_cesc_weight if args.add_rsg else 0.0,
         args.rsg_mv_weight if args.add_rsg else 0.0,

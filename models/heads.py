@@ -125,7 +125,7 @@ class SphereFaceHead(CosineHead):
 
     The target's cosine becomes ``(lambda cos + psi) / (1 + lambda)`` with psi of eq. 7 and
     ``lambda = max(lambda_min, lambda_base (1 + lambda_gamma step) ** -lambda_power)``: the margin grows from nothing
-    over the training steps, which `step` counts (saved with the weights).
+    over the training batches, which `step` counts (saved with the weights).
     """
 
     def __init__(
