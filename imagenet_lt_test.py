@@ -58,7 +58,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     result["intervals"] = metrics.bootstrap_intervals(logits, targets, groups)
     tested = np.bincount(targets, minlength=len(counts)) > 0
     result["counts"] = {name: int((members & tested).sum()) for name, members in groups.items() if name in result}
-    result["split_hash"], result["weights_hash"] = split_hash(folders), predictor.weights_hash()
+    result["split_hash"], result["weights_hash"] = split_hash(folders), predictor.weights_hash
     result |= synthetic_use(record) | {"shot_thresholds": args.shot_thresholds}
     if predictor.weights == "last":
         result["last"] = summary

@@ -160,7 +160,9 @@ def image_files(directory: Path) -> list[Path]:
 def read_about(root: Path) -> dict:
     """``dataset.json``: what the folders cannot say. Empty when there is none."""
     about = read_json(root / "dataset.json", default={})
-    if not isinstance(about.get("readable_names", {}), dict) or not isinstance(about.get("hflip", True), bool):
+    names = about.get("readable_names", {})
+    readable = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not readable or not isinstance(about.get("hflip", True), bool):
         raise Refused(f"{root / 'dataset.json'}: needs readable_names {{class: name}}, hflip true or false; mend it")
     return about
 

@@ -31,7 +31,7 @@ class Agreement:
             raise Refused(f"--filter_model {run} was trained on other classes than those of --data_dir")
         self.model, self.pixels, self.classes = load_run(run)
         self.model.to(device)
-        means = read_weights(run, default_weights(run))[0].get("class_means")
+        means = read_weights(run, default_weights(run)).tensors.get("class_means")
         self.class_means = None if means is None else means.numpy()
         self.name, self.first, self.device, self.workers = run.name, first, device, workers
 

@@ -65,7 +65,7 @@ def what_is_missing(folder: Path) -> str | None:
     if "tau" in record:
         return "a rescaled classifier, without a training to compare"
     flags = argparse.Namespace(**record["flags"])
-    num_batches = len(batch_bounds(training_images(record), flags.batch_size, smallest=2))
+    num_batches = len(batch_bounds(training_images(record), flags.batch_size, 2 * record.get("processes", 1)))
     if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):
         return "unfinished"
     tested = read_json(folder / "test" / "metrics.json", default={})
@@ -198,7 +198,7 @@ def resampled_accuracies(
 
 
 def paired_tests(groups: Sequence[Group]) -> list[Pair]:
-    """Every pair of groups that were tested on the same files, or of many groups the first with each other one.
+    """Every pair of groups that were tested on the same images, or of many groups the first with each other one.
 
     The intervals are a paired bootstrap over test images of the difference of the means over seeds: they say how far
     the test images decide between these trained models; what other seeds would do, Welch's t-test over runs asks.
@@ -209,7 +209,7 @@ def paired_tests(groups: Sequence[Group]) -> list[Pair]:
     pairs = [pair for pair in every if pair[0] == 0 or len(groups) <= ALL_PAIRS]
     tested_on: dict[tuple, list[int]] = {}
     for index, group in enumerate(groups):
-        keys = {(tuple(run.files), run.targets.tobytes(), tuple(run.record["class_counts"])) for run in group.runs}
+        keys = {(run.result["split_hash"], *run.files, *run.record["class_counts"]) for run in group.runs}
         if len(keys) == 1:
             tested_on.setdefault(keys.pop(), []).append(index)
     found = []

@@ -17,7 +17,7 @@ from engine.evaluate import chosen_logits, class_means, default_head, predict
 from engine.numerics import autocast_dtype
 from engine.priors import model_prior, read_prior, reweighted
 from engine.record import read_record
-from engine.run import default_weights, load_run, pixels_of, read_weights
+from engine.run import default_weights, pixels_of, read_weights, trained_model
 from models.heads import margin_heads_on
 
 
@@ -48,11 +48,11 @@ class Predictor:
         if args.test_prior and "tau" in self.record:
             raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
         self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
-        tensors, self.epoch = read_weights(run, self.weights)
+        tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
         self.model_prior = None
         if self.test_prior is not None:
             self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
-        self.model = load_run(run, self.weights)[0].to(device)
+        self.model = trained_model(run, self.record, tensors).to(device)
         self.class_means = None
         if self.head == "ncm":
             self.class_means = tensors["class_means"].numpy() if "class_means" in tensors else self._class_means()
@@ -86,9 +86,6 @@ class Predictor:
         path = Path(self.args.test_prior)
         content = f"-{hashlib.sha256(self.test_prior.tobytes()).hexdigest()[:8]}" if path.is_file() else ""
         return f"{suffix}_prior_{path.stem}{content}"
-
-    def weights_hash(self) -> str:
-        return hashlib.sha256((self.run / f"{self.weights}.safetensors").read_bytes()).hexdigest()
 
     def _class_means(self) -> np.ndarray:
         flags, args = self.record["flags"], self.args

@@ -1,10 +1,12 @@
 """The run folder: what a run was told, what it did, its weights, and all that an exact resume needs."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -40,6 +42,7 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
     "add_add_margin_loss": "addmar",
     "add_sphere_loss": "sphere",
 }
+IN_EPOCHS = {"drw_epoch", "drs_epoch", "epoch_thresh", "warmup_epochs"}  # 1 is an epoch, 1.0 all of them
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
 HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
 REPORTS = [
@@ -105,7 +108,8 @@ class RunFolder:
     def _check_flags(self, args: argparse.Namespace) -> None:
         for flag, value in plain_flags(args).items():
             recorded = self.record["flags"].get(flag)
-            if flag not in MAY_CHANGE and value != recorded:
+            other_unit = flag in IN_EPOCHS and isinstance(value, float) != isinstance(recorded, float)
+            if flag not in MAY_CHANGE and (value != recorded or (value and other_unit)):
                 was, remedy = (f"with --{flag} {recorded}", f"give {recorded}")
                 if recorded is None:
                     was, remedy = f"without --{flag}", "leave it out"
@@ -118,7 +122,7 @@ class RunFolder:
 
     def refuse_to_lose(self) -> None:
         """`Refused` when no state is left but more than a kill in the first epoch leaves: a fresh start deletes it."""
-        trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last")[1] + 1
+        trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last").epoch + 1
         if trained >= min(2, self.record["flags"]["epochs"]) or len(read_log(self.path)) > 1:
             raise Refused(
                 f"{self.path} holds a trained model but no state.pt to go on from; --overwrite trains anew in its "
@@ -145,6 +149,10 @@ class RunFolder:
         begun, now = self.record.get("processes", record["processes"]), record["processes"]
         if begun != now:
             warn(f"begun with {begun} processes, going on with {now}: the result is that of neither number")
+
+    def holds_weights_of(self, epoch: int) -> bool:
+        """Whether the best weights are of ``epoch`` or a later one: a kill came between weights and state."""
+        return (self.path / "best.safetensors").is_file() and read_weights(self.path, "best").epoch >= epoch
 
     def begin(self, record: dict, epoch: int, fresh: bool) -> None:
         """Make the folder ready for ``epoch``: log rows that the saved state has not seen are dropped. A fresh start
@@ -228,16 +236,24 @@ def save_weights(path: Path, model: nn.Module, class_means: np.ndarray | None, e
     files.write_atomically(path, lambda file: file.write(content))
 
 
-def read_weights(folder: Path, weights: str) -> tuple[dict[str, Tensor], int]:
-    """Tensors of ``best`` or ``last`` and the epoch they are from."""
+class Weights(NamedTuple):
+    tensors: dict[str, Tensor]
+    epoch: int  # they are from
+    hash: str  # SHA-256 of the file
+
+
+def read_weights(folder: Path, weights: str) -> Weights:
+    """``best`` or ``last``, from one look at the file, which a training may replace at any time."""
     path = folder / f"{weights}.safetensors"
     if not path.exists():
         raise Refused(
             f"{path} does not exist; has the run finished an epoch, and had it val/ images to choose the best?"
         )
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["epoch"])  # noqa: SIM118
+        content = path.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        epoch = int(header["__metadata__"]["epoch"])  # which safetensors gives of a path only, not of bytes
+        return Weights(safetensors.torch.load(content), epoch, hashlib.sha256(content).hexdigest())
     except Exception as error:  # SafetensorError is not public
         raise Refused(f"{path} cannot be read: {error!r:.200}") from None
 
@@ -249,18 +265,22 @@ def load_run(folder: Path | str, weights: str | None = None) -> tuple[LongTailCl
     """
     folder = Path(folder)
     record = read_record(folder)
+    tensors = read_weights(folder, weights or default_weights(folder)).tensors
+    return trained_model(folder, record, tensors), pixels_of(record), record["classes"]
+
+
+def trained_model(folder: Path, record: dict, tensors: dict[str, Tensor]) -> LongTailClassifier:
+    """The model of the run that ``record`` is of, in evaluation mode, with these weights from its ``folder``."""
     model = build_model(
         argparse.Namespace(**record["flags"] | {"pretrained": False}), record["class_counts"], with_generator=False
     )
-    tensors, _ = read_weights(folder, weights or default_weights(folder))
-    tensors.pop("class_means", None)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "class_means"})
     except RuntimeError as error:
         raise Refused(
             f"the weights in {folder} do not fit its args.json: {str(error).splitlines()[1].strip()}"
         ) from None
-    return model.eval(), pixels_of(record), record["classes"]
+    return model.eval()
 
 
 def find_run(name: str, root: Path) -> Path:

@@ -5,7 +5,7 @@ __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolv
     python scripts/compare_runs.py checkpoint/ablate_synergy_digits     # all runs in a folder
 
 Prints the tables and writes comparison.csv, pairs.csv, comparison.md, comparison.png and comparison.html, a page that
-needs nothing else. Every pair of groups that was tested on the same files (of more than 10 groups: the first with each
+needs nothing else. Every pair of groups that was tested on the same images (of more than 10 groups: the first with each
 other one) gets a paired bootstrap of its differences and McNemar's test.
 """
 
@@ -87,7 +87,7 @@ def remarks_on(runs: list[Run]) -> list[str]:
     commits = {str(run.record.get("commit")) for run in runs}
     remarks = []
     if len({run.record["split_hash"] for run in runs} | {run.result["split_hash"] for run in runs}) > 1:
-        remarks.append("These runs saw different images; differences are given only for the same test files.")
+        remarks.append("These runs saw different images; differences are given only between runs of the same.")
     if len(machines) > 1:
         remarks.append(f"Seconds and memory are not of like runs: {'; '.join(sorted(machines))}.")
     if len(commits) > 1:

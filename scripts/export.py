@@ -107,7 +107,7 @@ def description(predictor: Predictor) -> dict:
         **{key: record[key] for key in ("img_size", "mean", "std", "classes", "readable_names", "split_hash")},
         **{key: getattr(predictor, key) for key in ("weights", "epoch")},
         "predict_with": predictor.head,
-        "weights_hash": predictor.weights_hash(),
+        "weights_hash": predictor.weights_hash,
     }
 
 

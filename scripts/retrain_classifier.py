@@ -28,7 +28,7 @@ from engine.flags import Parser, number_in
 from engine.metrics import shot_groups, summary
 from engine.options import train_parser
 from engine.record import code_commit, plain_flags, read_record
-from engine.run import RunFolder, default_weights, find_run, load_run, pixels_of, read_weights, save_weights
+from engine.run import RunFolder, default_weights, find_run, pixels_of, read_weights, save_weights, trained_model
 
 CRT = "--add_cross_entropy_loss --add_ldam_loss False --add_supcon_loss False --add_rsg False --sampler balanced "
 CRT += "--freeze_backbone --epochs 10 --lr 0.1 --lr_schedule cosine"
@@ -105,7 +105,8 @@ def rescale(args: argparse.Namespace) -> None:
     if record["flags"]["norm_out"]:
         raise Refused(f"{args.parent} has a NormedLinear head, whose weights have no norm to rescale; try --method crt")
     run = RunFolder(args.training)
-    model = load_run(args.parent, args.parent_weights)[0].to(device)
+    weights = read_weights(args.parent, args.parent_weights)
+    model = trained_model(args.parent, record, weights.tensors).to(device)
     scores = {}
     if args.tau is None:
         folders = read_image_folders(args.training.data_dir, args.training.list_dir)
@@ -133,7 +134,7 @@ def rescale(args: argparse.Namespace) -> None:
     with files.locked(run.path):
         run.check_unchanged()
         run.begin(record, 0, fresh=True)
-        save_weights(run.path / "last.safetensors", model, None, read_weights(args.parent, args.parent_weights)[1])
+        save_weights(run.path / "last.safetensors", model, None, weights.epoch)
     say(f"tau {tau:g}; test it with: {run.test_command()}")
 
 

@@ -332,6 +332,7 @@ def test_different_splits_are_refused_unless_told(make_run, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "split ffffffffffff" in printed.out
     assert "saw different images" in printed.err
+    assert (tmp_path / "out" / "pairs.csv").read_text().strip() == ""  # equal names are no equal images
 
 
 def test_runs_that_make_no_comparison_are_refused(make_run, tmp_path, capsys):

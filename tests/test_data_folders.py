@@ -91,9 +91,10 @@ def test_dataset_json_says_names_and_flips(tmp_path):
     folders = read_image_folders(root)
     assert folders.readable_names == ["house finch", "number six", "z"]
     assert not folders.flips
-    (root / "dataset.json").write_text('{"hflip": "no"}')
-    with pytest.raises(Refused, match=r"dataset\.json"):
-        read_image_folders(root)
+    for wrong in ('{"hflip": "no"}', '{"readable_names": ["six"]}', '{"readable_names": {"six": 6}}'):
+        (root / "dataset.json").write_text(wrong)
+        with pytest.raises(Refused, match=r"dataset\.json"):
+            read_image_folders(root)
 
 
 def test_mini_imagenet_has_a_hundred_different_names():

@@ -1,6 +1,7 @@
 """The test script on one small run: corrections, stated priors, unlabelled images, and what it refuses."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.special import log_softmax, softmax
 
 import imagenet_lt_test
 import imagenet_lt_train
+from engine.predictor import Predictor
 
 CLASSES = {"common": 8, "odd, name": 5, "rare": 3}  # training images
 
@@ -69,6 +72,16 @@ def test_every_file_of_the_specification_is_there(run, tested):
     assert tables | figures <= {path.name for path in (run / "test").iterdir()}
     assert json.loads((run / "test" / "metrics.json").read_text())["ece_groups"] == tested["ece_groups"]
     assert list(tested["ece_groups"]) == ["few", "head", "tail"]
+
+
+def test_the_hash_is_that_of_the_weights_that_answer(run, tmp_path):
+    """Not of those that a training puts in their place meanwhile."""
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("test*"))
+    path = copy / "best.safetensors"
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    predictor = Predictor(imagenet_lt_test.parse_args(["--model_dir", str(copy)]), copy, torch.device("cpu"))
+    path.write_bytes(b"others")
+    assert predictor.weights_hash == before
 
 
 def test_the_comparison_holds_the_plain_metrics_and_three_corrections(run, tested):

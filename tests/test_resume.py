@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import imagenet_lt_train
 from engine.state import TrainingState, read_state
@@ -66,6 +67,21 @@ def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, m
     assert_same(whole, resumed)
 
 
+def test_best_weights_of_an_epoch_that_is_repeated_do_not_stay_with_the_score_of_another(tmp_path, tiny_dataset):
+    """Killed between weights and state; the repeated epoch may score less, where the hardware is another one."""
+    run = train(tmp_path, tiny_dataset)
+    at = torch.load(run / "state.previous.pt", weights_only=True)  # as the last epoch begins
+    at["best"] = {"epoch": 0, "val_balanced_accuracy": 2.0}  # which no epoch will reach
+    torch.save(at, run / "state.pt")
+    tensors = load_file(run / "last.safetensors")
+    save_file(
+        tensors | {"heads.main.weight": tensors["heads.main.weight"] * 0}, run / "best.safetensors", {"epoch": "2"}
+    )
+    train(tmp_path, tiny_dataset, "--resume")
+    assert torch.load(run / "state.pt", weights_only=True)["best"]["epoch"] == 2
+    assert (run / "best.safetensors").read_bytes() == (run / "last.safetensors").read_bytes()
+
+
 def test_a_run_killed_before_its_first_state_begins_with_its_weights_again(tmp_path, tiny_dataset):
     parent = train(tmp_path / "parent", tiny_dataset, "--max_steps", "1", "--seed", "8")
     more = ("--weights", str(parent / "last.safetensors"), "--freeze_backbone")
@@ -112,6 +128,15 @@ def test_resume_refuses_another_flag_and_names_both_values(tmp_path, tiny_datase
     assert error.value.code == 2
     assert "0.02" in line
     assert "0.5" in line
+
+
+def test_resume_refuses_a_share_of_the_epochs_in_place_of_an_epoch(tmp_path, tiny_dataset, capsys):
+    """1 is an epoch, 1.0 all of them, and equal in Python."""
+    train(tmp_path, tiny_dataset)
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset, "--drw_epoch", "1.0", "--resume")
+    assert error.value.code == 2
+    assert "with --drw_epoch 1, now it is 1.0" in capsys.readouterr().err
 
 
 def test_resume_may_change_workers(tmp_path, tiny_dataset, capsys):
@@ -264,7 +289,7 @@ def test_two_runs_in_one_folder_do_not_mix(tmp_path, tiny_dataset, capsys):
             train(tmp_path, tiny_dataset)
         holder.communicate("\n")
     assert error.value.code == 1
-    assert "another process is training" in capsys.readouterr().err
+    assert "another process is at work" in capsys.readouterr().err
 
 
 def test_files_of_somebody_else_are_not_touched(tmp_path, tiny_dataset, capsys):

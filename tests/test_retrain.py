@@ -100,6 +100,7 @@ def test_a_rescaled_run_says_how_it_was_made_and_is_not_taken_for_a_training(tmp
     page = re.sub("<[^>]*>", "", (run / "test" / "report.html").read_text())
     command = "python scripts/retrain_classifier.py --model_dir PARENT --method tau --parent_weights last --tau 0.5"
     assert command.replace("PARENT", str(tmp_path / "parent")) in page
+    assert f"the last of {tmp_path / 'parent'}, rescaled" in page
     assert what_is_missing(run) == "a rescaled classifier, without a training to compare"
     flags = ["--data_dir", str(tiny_dataset), *places(tmp_path), *BASE.split(), *LINEAR.split()]
     for call, words in (
