@@ -266,6 +266,7 @@ def test_links_share_the_bytes_and_give_the_same_hash(tmp_path, photos):
     prepare("folder", "--source", photos, "--output", tmp_path / "linked", "--link")
     path = next((tmp_path / "linked/train/a").iterdir())
     assert path.samefile(photos / "a" / path.name)
+    assert not path.is_symlink()
     copied, linked = ((tmp_path / name / "split.json").read_text() for name in ("copied", "linked"))
     assert copied == linked
 

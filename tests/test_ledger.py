@@ -146,9 +146,13 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     result = imagenet_lt_test.main(imagenet_lt_test.parse_args(test))
     for _ in range(2):
         ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
+        (line,) = (tmp_path / "ledger.jsonl").read_text().splitlines()
+        (tmp_path / "ledger.jsonl").write_text(json.dumps(json.loads(line) | {"parameters": 1}))  # is replaced
+    ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
     (entry,) = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert entry["last"]["balanced_accuracy"] == result["last"]["balanced_accuracy"]
     assert entry["chosen_on_val"] == result["balanced_accuracy"]
+    assert entry["parameters"] > 1
     assert (entry["data"], entry["epochs"], entry["of_epochs"], entry["seed"]) == ("tiny", 1, 90, 3)
     told = imagenet_lt_train.parse_args([word.replace("@", f"@{ROOT}/") for word in entry["command"].split()[2:]])
     assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet32", 1, 4, 0.05, 3)
@@ -164,6 +168,8 @@ def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, 
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "mine")]))
     assert "mine is not named after a row" in refusal(tmp_path / "mine", capsys)
     assert not (tmp_path / "mine" / "ledger.jsonl").exists()
+    (tmp_path / "mine").rename(tmp_path / "any_folder_seed0")
+    assert "is a smoke run" in refusal(tmp_path / "any_folder_seed0", capsys)
 
 
 def test_a_flag_that_no_command_takes_back_is_refused():

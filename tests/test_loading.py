@@ -14,7 +14,7 @@ from data import transforms
 from data.folders import Split
 from data.images import read_image
 from data.loaders import Batch, EvaluationLoader, Pixels, TrainingLoader, decode_all, decoded_bytes, own_size
-from data.samplers import SAMPLERS, batch_bounds, epoch_draws, epoch_order
+from data.samplers import SAMPLERS, batch_bounds, epoch_draws, epoch_order, policy_draws
 from data.transforms import (
     BRIGHTNESS,
     CONTRAST,
@@ -244,6 +244,7 @@ def test_the_draws_of_an_epoch_are_a_function_of_seed_and_epoch():
     assert torch.equal(first, epoch_draws(20, 3, 5))
     assert not (first == epoch_draws(20, 3, 6)).any()
     assert not (first == epoch_draws(20, 4, 5)).any()
+    assert not torch.isin(policy_draws(20, 3, 5), first).any()  # nor do other draws of the epoch repeat them
 
 
 def test_draws_are_uniform_and_those_of_one_image_have_nothing_to_do_with_each_other():

@@ -32,6 +32,13 @@ CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # bet
         ([*CE, "--drs_epoch", "5"], "main", 5, UNIFORM),
         (["--add_cross_entropy_loss", "--ldam_loss_weight", "3"], "main", 9, (3 * np.array(UNIFORM) + TRAIN) / 4),
         (["--add_ldam_loss", "False", "--add_arc_margin_loss"], "arc", 9, TRAIN),
+        (["--add_ldam_loss", "False", "--add_logit_adjusted_loss"], "main", 9, UNIFORM),
+        (
+            ["--add_ldam_loss", "0", "--add_logit_adjusted_loss", "--logit_adjust_tau", "0.5"],
+            "main",
+            9,
+            np.sqrt(COUNTS),
+        ),
         ([*CE, "--add_focal_loss", "--focal_weight_type", "icf"], "main", 9, np.array(TRAIN) + np.array(TRAIN) * ICF),
     ],
 )

@@ -63,6 +63,7 @@ def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, m
     shutil.copytree(whole, resumed)
     (resumed / "state.previous.pt").replace(resumed / "state.pt")
     (resumed / "last.safetensors").unlink()
+    assert (torch.load(resumed / "state.pt", weights_only=True)["step"] > 0) == ("--save_every_steps" in more)
     train(tmp_path / "resumed", tiny_dataset, *more, "--resume")
     assert_same(whole, resumed)
 

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.compare import what_is_missing
+from engine.record import plain_flags
+from engine.run import load_run
 from scripts import retrain_classifier
+from scripts.retrain_classifier import OF_THE_PARENT
 
 BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
 PRIOR, GO_ON = ("--test_prior", "uniform"), ("--run_name", "parent_tau", "--resume")
@@ -54,8 +59,23 @@ def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp
     assert result["n"] == 9
 
 
+def test_what_a_second_stage_takes_from_its_parent_is_the_parents(tmp_path, tiny_dataset):
+    trained(tmp_path, tiny_dataset, "--hflip False --batch_size 4 --norm_scale 20 --normalize dataset")
+    args = retrain_classifier.parse_args(["--model_dir", "parent", *places(tmp_path)]).training
+    flags = record_of(tmp_path / "parent")["flags"]
+    assert {name: plain_flags(args)[name] for name in OF_THE_PARENT} == {name: flags[name] for name in OF_THE_PARENT}
+
+
 def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsys):
-    parent = trained(tmp_path, tiny_dataset, LINEAR)
+    for index in range(2):
+        (tiny_dataset / f"val/rare/val_{index}.png").unlink()  # so that accuracy is not balanced accuracy
+    parent = trained(tmp_path, tiny_dataset, f"{LINEAR} --epochs 7")
+    model, transform, classes = load_run(parent)
+    images = [Image.open(tiny_dataset / "val" / name / "val_2.png") for name in classes]
+    features = torch.cat([model(transform(image)[None]).features for image in images]).detach()
+    tensors = load_file(parent / "best.safetensors")  # with class means of norms 9, 3 and 1 tau decides
+    tensors["heads.main.weight"] = nn.functional.normalize(features) * torch.tensor([[9.0], [3.0], [1.0]])
+    save_file(tensors, parent / "best.safetensors", {"epoch": "0"})
     retrain(tmp_path, "--method", "tau", "--tau", "0.5")
     run = tmp_path / "parent_tau"
     before, after = load_file(parent / "best.safetensors"), load_file(run / "last.safetensors")
@@ -67,6 +87,7 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     record = record_of(run)
     scores = {float(tau): score for tau, score in record["val_balanced_accuracy_by_tau"].items()}
     assert len(scores) == 21
+    assert len(set(scores.values())) > 1
     assert scores[record["tau"]] == max(scores.values())
     assert record["parent"] == str(parent)
     capsys.readouterr()

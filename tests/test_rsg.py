@@ -10,7 +10,7 @@ from losses import add_loss_flags, build_objective
 from models.backbones import Backbone, torchvision_resnet
 from models.classifier import LongTailClassifier
 from models.heads import ArcFaceHead, NormedLinear
-from rsg import RareSampleGenerator, add_rsg_flags, build_generator
+from rsg import RareSampleGenerator, add_rsg_flags, build_generator, unmoved_centers
 from rsg.generator import MeanOfConv2d, head_classes, sample_pairs
 
 COUNTS = [50, 20, 10, 5, 2]  # class 0 is the head class
@@ -406,6 +406,11 @@ def test_evaluation_is_unchanged_by_its_presence():
     assert torch.equal(ours.logits["arc"], plain.logits["arc"])
     assert torch.equal(ours.targets, targets)
     assert ours.auxiliary == {}
+
+
+@pytest.mark.parametrize(("rows", "distance", "warns"), [(5, 0.995, True), (5, 0.9, False), (0, 1.0, False)])
+def test_centres_that_have_not_moved_are_a_warning_where_rows_are_generated(rows, distance, warns):
+    assert bool(unmoved_centers({"generated_rows": rows, "rsg_center_distance": distance})) is warns
 
 
 def test_training_without_targets_generates_nothing():

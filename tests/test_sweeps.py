@@ -282,6 +282,35 @@ def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys)
     assert "run waits for another process" in capsys.readouterr().out
 
 
+def test_a_sweep_ends_in_a_comparison_names_what_failed_and_repeats_only_that(tmp_path, tiny_dataset, capsys):
+    """Real runs: one setting is good, the other wants a GPU."""
+    words = ["--arch", "resnet32", "--epochs", "1", "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
+    words = ["mine", "good --lr 0.01\nbad --compile --lr 1e30", str(tiny_dataset), "--seeds", "0", "--", *words]
+    good, comparison = tmp_path / "mine_tiny_arch-resnet32_epochs-1/good_seed0", "comparison/comparison.csv"
+    before = None
+    for _ in range(2):
+        with pytest.raises(SystemExit) as error:
+            sweep.main(sweep.parse_args(words))
+        assert error.value.code == 1
+        assert "1 of 2 runs failed: bad_seed0 ended with" in capsys.readouterr().err
+        assert (good.parent / comparison).read_text().count("\n") == 2  # names and one setting
+        now = {path: path.stat().st_mtime_ns for path in good.rglob("*.*")}
+        assert before in (None, now)
+        before = now
+
+
+def test_a_line_of_the_list_is_the_run_that_it_prints(tmp_path, tiny_dataset, capsys):
+    words = ["mine", "a --lr 0.1\nb --lr 0.2", str(tiny_dataset), "--seeds", "3", "4", "--list"]
+    device = ["--", "--device", "cpu"]
+    sweep.main(sweep.parse_args([*words, *device]))
+    lines = capsys.readouterr().out.splitlines()
+    for number, line in enumerate(lines, start=1):
+        assert line.count("--device cpu") == 2  # to train and to test
+        sweep.main(sweep.parse_args([*words, "--line", str(number), *device]))
+        assert capsys.readouterr().out == f"{line}\n"
+    assert len(lines) == 4
+
+
 def test_data_may_have_any_name(tmp_path):
     words = words_of(tmp_path / "bin", "scripts/ablate_synthetic.sh", "a b's/données", "--list", LC_ALL="C")
     assert sweep.parse_args(words).settings["img2img"][-1] == "a b's/données/synthetic_img2img"

@@ -1,0 +1,142 @@
+"""What the epoch loop does with what the flags say: whole tiny runs against each other and against plain loops."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import imagenet_lt_test
+import imagenet_lt_train
+from engine.numerics import build_scaler
+from engine.optim import build_average
+from engine.run import RunFolder, load_run
+from engine.state import TrainingState
+from engine.train import epoch_row, update
+
+PLAIN = "--arch resnet32 --batch_size 8 --lr 0.05 --lr_schedule constant --wd 0 --seed 0 --workers 0 --amp off"
+PLAIN += " --add_rsg False --add_supcon_loss False --ldam_weight_type none"
+
+
+def flags(folder: Path, words: str) -> list[str]:
+    places = ["--data_dir", folder / "tiny", "--root_model", folder, "--root_log", folder / "log"]
+    return [str(word) for word in [*places, *PLAIN.split(), *words.split()]]
+
+
+def train(folder: Path, name: str, words: str) -> Path:
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags(folder, f"--run_name {name} {words}")))
+    return folder / name
+
+
+def weights_of(run: Path) -> torch.Tensor:
+    return load_file(run / "last.safetensors")["heads.main.weight"]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_an_epoch_trains_at_its_learning_rate(tmp_path, tiny_dataset):
+    """At next to none in the second epoch the first one's weights stay."""
+    one = train(tmp_path, "one", "--epochs 1")
+    two = train(tmp_path, "two", "--epochs 2 --lr_schedule step --lr_milestones 0.5 --lr_factor 1e-30")
+    assert torch.equal(weights_of(one), weights_of(two))
+    still = train(tmp_path, "still", "--epochs 1 --lr 1e-30")
+    assert not torch.equal(weights_of(one), weights_of(still))
+    clipped = train(tmp_path, "clipped", "--epochs 1 --clip_grad_norm 1e-30")
+    torch.testing.assert_close(weights_of(clipped), weights_of(still), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("later", ["--ldam_weight_type icf --drw_epoch 1", "--sampler balanced --drs_epoch 1"])
+def test_what_is_deferred_begins_in_its_epoch_and_not_before(tmp_path, tiny_dataset, later):
+    plain, deferred = (
+        losses_of(train(tmp_path, *each)) for each in (("a", "--epochs 2"), ("b", f"--epochs 2 {later}"))
+    )
+    assert plain[0] == deferred[0]
+    assert plain[1] != deferred[1]
+
+
+def test_averaged_weights_are_the_ones_judged_and_saved(tmp_path, tiny_dataset):
+    run = train(tmp_path, "run", "--epochs 1 --ema_decay 0.9")
+    state, saved = torch.load(run / "state.pt", weights_only=True), load_file(run / "last.safetensors")
+    assert torch.equal(saved["heads.main.weight"], state["averaged"]["module.heads.main.weight"])
+    assert not torch.equal(saved["heads.main.weight"], state["model"]["heads.main.weight"])
+    words = ["--model_dir", str(run), "--split", "val", "--weights", "last"]
+    row = json.loads((run / "log.jsonl").read_text())
+    assert row["val_loss"] == pytest.approx(imagenet_lt_test.main(imagenet_lt_test.parse_args(words))["nll"], rel=1e-5)
+
+
+def test_every_update_goes_into_the_average():
+    """The first one is taken whole; then 0.75 of the average and 0.25 of the new weight."""
+    model = nn.Linear(1, 1, bias=False)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=1.0), build_scaler(None, torch.device("cpu")))
+    state.averaged, values = build_average(model, 0.75), []
+    for _ in range(3):
+        state.scaler.scale(model.weight.sum()).backward()
+        update(state, lambda: None)
+        values.append(model.weight.item())
+    expected = 0.75 * (0.75 * values[0] + 0.25 * values[1]) + 0.25 * values[2]
+    assert state.averaged.module.weight.item() == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_loss():
+    model, seen = nn.Linear(1, 1, bias=False), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=1.0), scaler)
+    scaler.scale(2 * model.weight.sum()).backward()
+    update(state, lambda: seen.append(model.weight.grad.item()))
+    assert seen == [2.0]
+
+
+def test_best_is_the_first_epoch_of_the_highest_balanced_accuracy(tmp_path, tiny_dataset):
+    args = imagenet_lt_train.parse_args(flags(tmp_path, "--run_name run --epochs 5"))
+    run, model = RunFolder(args), nn.Linear(1, 1)
+    run.path.mkdir()
+    run.writer = SummaryWriter(run.events)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=1.0), build_scaler(None, torch.device("cpu")))
+    for epoch, (balanced, accuracy) in enumerate([(0.5, 0.9), (0.7, 0.6), (0.7, 0.95), (0.6, 0.6)]):
+        row = {"epoch": epoch, "lr": 1.0, "generated_rows": 0, "seconds": 1.0}
+        run.commit(state, row | {"val_balanced_accuracy": balanced, "val_accuracy": accuracy}, None, finished=False)
+    run.writer.close()
+    assert state.best == {"epoch": 1, "val_balanced_accuracy": 0.7}
+    for name, epoch in (("best", "1"), ("last", "3")):
+        with safe_open(run.path / f"{name}.safetensors", "pt") as file:
+            assert file.metadata() == {"epoch": epoch}
+
+
+def test_without_a_classifier_the_nearest_class_mean_of_the_training_images_is_judged(tmp_path, tiny_dataset):
+    run = train(tmp_path, "run", "--epochs 1 --add_ldam_loss False --add_supcon_loss True")
+    model, transform, classes = load_run(run, "last")
+
+    def features(split: str, name: str) -> torch.Tensor:
+        paths = sorted((tiny_dataset / split / name).iterdir())
+        rows = [model(transform(Image.open(path).convert("RGB"))[None]).features[0].double() for path in paths]
+        return torch.stack([row / row.norm() for row in rows]).detach()
+
+    means = torch.stack([features("train", name).mean(dim=0) for name in classes])
+    saved = load_file(run / "last.safetensors")["class_means"]
+    torch.testing.assert_close(saved, means, rtol=1e-4, atol=1e-6)
+    cosine = nn.CosineSimilarity(dim=0)
+    hits = [
+        max(range(3), key=lambda index: cosine(row, means[index])) == target
+        for target, name in enumerate(classes)
+        for row in features("val", name)
+    ]
+    assert json.loads((run / "log.jsonl").read_text())["val_accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_throughput_counts_each_image_once_and_each_epoch_its_own_time():
+    model = nn.ModuleDict({"heads": nn.ModuleDict({"main": nn.Linear(1, 1)})})
+    model.heads = model["heads"]
+    state = TrainingState(model, None, None, seconds=2.0)
+    zeros = dict.fromkeys(("train_accuracy", "generated_rows", "skipped_batches"), torch.tensor(0.0))
+    state.sums = {"images": torch.tensor(20.0), **zeros}
+    assert epoch_row(state, views=2)["images_per_second"] == 5
+    state.next_epoch()
+    assert (state.epoch, state.step, state.sums, state.seconds) == (1, 0, {}, 0.0)
