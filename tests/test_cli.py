@@ -82,14 +82,6 @@ TOGGLES = {
         [*OFF, "--add_cross_entropy_loss", "--add_arc_margin_loss"],
         "1 CE(normed) + 1 CE(arc)",
     ),
-    "cross-entropy and add": (
-        [*OFF, "--add_cross_entropy_loss", "--add_add_margin_loss"],
-        "1 CE(normed) + 1 CE(add)",
-    ),
-    "cross-entropy and sphere": (
-        [*OFF, "--add_cross_entropy_loss", "--add_sphere_loss"],
-        "1 CE(normed) + 1 CE(sphere)",
-    ),
     "two views, projection, keys": (
         ["--supcon_views", "2", "--supcon_projection_dim", "16", "--supcon_generated", "keys"],
         "0.1 LDAM(normed; ICF weights) + 0.9 SupCon(projections; generated rows as keys)" + GENERATOR,
