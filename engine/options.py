@@ -12,7 +12,7 @@ from engine.evaluate import PREDICT_WITH
 from engine.flags import Parser, add_switch, number_in
 from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
-from losses import CLASSIFICATION_LOSSES, add_loss_flags, losses_on
+from losses import CLASSIFICATION_LOSSES, add_loss_flags, uses_class_balanced_weights
 from models import add_model_flags
 from rsg import add_rsg_flags
 
@@ -61,7 +61,7 @@ def check_run_flags(args: argparse.Namespace) -> None:
 
 def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
     """Warnings about flags that are not at their ``defaults`` and change nothing."""
-    has_cbl = any(getattr(args, f"{name}_weight_type") == "cbl" for name in losses_on(args))
+    has_cbl = uses_class_balanced_weights(args)
     counts_with = {  # beginning of a flag's name: (whether the flag counts, with what)
         **{f"{name}_": (getattr(args, f"add_{name}_loss"), f"--add_{name}_loss") for name in CLASSIFICATION_LOSSES},
         "logit_adjust_tau": (args.add_logit_adjusted_loss, "--add_logit_adjusted_loss"),

@@ -165,7 +165,7 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
 
 def check_class_weights(args: argparse.Namespace, class_counts: Sequence[int]) -> list[str]:
     """A warning when class-balanced weights that are in use are all but equal, though the classes are not."""
-    if all(getattr(args, f"{name}_weight_type") != "cbl" for name in losses_on(args)) or args.cbl_beta == 0:
+    if not uses_class_balanced_weights(args) or args.cbl_beta == 0:
         return []
     weights, most, fewest = class_balanced_weights(class_counts, args.cbl_beta), max(class_counts), min(class_counts)
     if most < 2 * fewest or weights.max() > 1.1 * weights.min():
@@ -174,6 +174,10 @@ def check_class_weights(args: argparse.Namespace, class_counts: Sequence[int]) -
         f"class-balanced weights of --cbl_beta {args.cbl_beta:g} are all but equal ({weights.min():.3f} to "
         f"{weights.max():.3f}) for classes of {fewest} to {most} images; 1 - 1/N is {1 - 1 / sum(class_counts):.6g}"
     ]
+
+
+def uses_class_balanced_weights(args: argparse.Namespace) -> bool:
+    return any(getattr(args, f"{name}_weight_type") == "cbl" for name in losses_on(args))
 
 
 def predicts_by_class_means(args: argparse.Namespace) -> bool:

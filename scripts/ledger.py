@@ -85,7 +85,7 @@ resolution), which loses detail at 32 px; what that costs cannot be measured wit
 cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
 epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. With all 200 epochs cross-entropy and
 LDAM-DRW stay below their figures by about as much (5.2 and 5.8 points), so the reason lies in what they share: the
-images, the draw of the tail, or the training itself. The images are the likeliest one."""
+images, the draw of the tail, or the training itself."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
