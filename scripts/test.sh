@@ -6,4 +6,4 @@ source scripts/environment.sh requirements-test.txt
 
 ruff check .
 ruff format --check .
-python -m pytest -n auto "$@"
+python -m pytest -n auto --dist worksteal "$@"

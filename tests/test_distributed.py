@@ -101,7 +101,6 @@ def pixels_of_images(folder: str) -> list[float]:
 
 def _worker(rank: int, world: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {name: history(name, rank, world) for name in LOSSES}
     results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
@@ -159,8 +158,7 @@ def test_gathered_rows_begin_with_the_own_ones(two_processes):
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image_once(tmp_path, tiny_dataset):

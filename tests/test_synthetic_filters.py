@@ -126,7 +126,7 @@ def test_a_digits_run_keeps_out_what_it_takes_for_another_class(tmp_path):
         for index, image in enumerate(pixels[labels == label][:20]):
             Image.fromarray(image).save(folder / f"{index}.png")
     losses = ["--add_supcon_loss", "False", "--add_rsg", "False", "--hflip", "False", "--add_cross_entropy_loss"]
-    run = train(tmp_path / "digits", tmp_path, *losses, "--epochs", "10", "--batch_size", "20", "--lr", "0.05")
+    run = train(tmp_path / "digits", tmp_path, *losses, "--epochs", "20", "--batch_size", "20", "--lr", "0.05")
     model, prepared, classes = load_run(run)
     images = [Image.fromarray(image) for label in range(4) for image in pixels[labels == label][20:25]]
     targets = [str(label if index < 4 else (label + 2) % 4) for label in range(4) for index in range(5)]
