@@ -267,11 +267,45 @@ def welch(values: list[float], others: list[float]) -> float:
     return 2 * student.sf(abs(mean(values) - mean(others)) / sum(errors) ** 0.5, freedom)
 
 
+def test_equal_groups_differ_by_chance_alone_however_many_their_runs(make_run):
+    folders = [
+        make_run(f"{name}_seed{seed}", seed, 9, lr=lr) for name, lr in (("a", 0.1), ("b", 0.2)) for seed in (0, 1)
+    ]
+    (pair,) = paired_tests(grouped([read_run(folder) for folder in folders]))
+    assert (pair.p, pair.p_holm) == (1.0, 1.0)
+    assert pair.differences["top1"] == (0.0, 0.0, 0.0)
+
+
+def test_all_pairs_of_up_to_ten_groups_and_of_more_those_with_the_first_one(make_run):
+    groups = grouped([read_run(make_run(f"group{index}", 0, lr=1.0 + index)) for index in range(11)])
+    numbers = {group.name: index for index, group in enumerate(groups)}
+    for count in (10, 11):
+        pairs = [(numbers[pair.first.name], numbers[pair.second.name]) for pair in paired_tests(groups[:count])]
+        expected = {
+            10: [(one, two) for one in range(10) for two in range(one + 1, 10)],
+            11: [(0, i) for i in range(1, 11)],
+        }
+        assert pairs == expected[count]
+
+
+def test_groups_with_other_class_counts_are_not_paired(make_run):
+    folders = [make_run("a", 0), make_run("b", 0, lr=0.5, record={"class_counts": [300, 50, 7]})]
+    assert paired_tests(grouped([read_run(folder) for folder in folders])) == []
+
+
 def test_one_run_says_nothing_of_other_seeds(make_run):
     folders = [make_run("a_seed0", 0), make_run("b_seed0", 0, 5, lr=0.5), make_run("b_seed1", 1, 5, lr=0.5)]
     (pair,) = paired_tests(grouped([read_run(folder) for folder in folders]))
     assert pair.p_seeds is None
     assert pair_table([pair]).rows[0][-1].text == "–"
+
+
+def test_seconds_are_the_mean_of_the_epochs_and_memory_their_peak(make_run):
+    folder = make_run("run", 0)
+    rows = [{"epoch": epoch, "seconds": epoch, "peak_memory_bytes": peak} for epoch, peak in ((0, 5), (1, 9), (2, 7))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measures = read_run(folder).measures
+    assert (measures["seconds_per_epoch"], measures["peak_memory_bytes"]) == (1.0, 9)
 
 
 # --- the script
@@ -333,6 +367,13 @@ def test_different_splits_are_refused_unless_told(make_run, tmp_path, capsys):
     assert "split ffffffffffff" in printed.out
     assert "saw different images" in printed.err
     assert (tmp_path / "out" / "pairs.csv").read_text().strip() == ""  # equal names are no equal images
+
+
+def test_runs_tested_on_different_splits_are_refused(make_run, capsys):
+    one, other = make_run("a", 0), make_run("b", 0, 5)
+    metrics = json.loads((other / "test" / "metrics.json").read_text())
+    (other / "test" / "metrics.json").write_text(json.dumps(metrics | {"split_hash": "f" * 64}))
+    assert "were tested on different splits" in refusal(capsys, one, other)
 
 
 def test_runs_that_make_no_comparison_are_refused(make_run, tmp_path, capsys):
