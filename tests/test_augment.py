@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import beta, kstest
+from torchvision.transforms import v2
 
 import imagenet_lt_train
 from data.augment import NOTHING, POLICIES, Policy
@@ -68,6 +69,11 @@ def test_trivialaugment_is_torchvisions(answer, monkeypatch):
         row = draws_of(operation=choices[0], first=choices[1], first_sign=answer)
         expected = torchvisions(policy, IMAGES[0], choices, answer, monkeypatch)
         assert torch.equal(policy.on_batch(IMAGES[:1], torch.tensor([row]))[0], expected)
+
+
+def test_up_to_64_px_autoaugment_is_the_one_found_on_cifar10():
+    found_on = [Policy("autoaugment", size).theirs.policy for size in (64, 65)]
+    assert found_on == [v2.AutoAugmentPolicy.CIFAR10, v2.AutoAugmentPolicy.IMAGENET]
 
 
 def test_the_two_operations_of_autoaugment_have_draws_of_their_own():

@@ -259,6 +259,9 @@ def test_a_sampler_draws_a_class_by_its_real_images_unless_synthetic_ones_count(
     assert (by_class / by_class.sum() - expected).abs().max() < 0.02  # 4 standard deviations
     of_rare = drawn[loader.targets == 2] / by_class[2]
     assert (of_rare - 1 / 7).abs().max() < 0.04  # real and synthetic alike
+    for epoch in range(3):
+        seen = torch.cat([batch.indices for batch in loader.epoch(epoch, "sqrt")])
+        assert torch.equal(seen, epoch_order(loader.targets, "sqrt", 0, epoch, loader.class_counts))
 
 
 def test_training_accuracy_counts_real_images_only():
