@@ -208,7 +208,7 @@ class RunFolder:
         return Failed(
             f"{', '.join(report['bad']) or 'a gradient'} is not finite in epoch {state.epoch}, step {error.step}; its "
             f"{len(report['files'])} images are listed in {self.path / 'nonfinite.json'} and the state before it is "
-            f"saved; try a lower --lr, or --clip_grad_norm"
+            f"saved; begin a new run with a lower --lr, or with --clip_grad_norm"
         )
 
 
