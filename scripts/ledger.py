@@ -84,8 +84,8 @@ tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG (q
 resolution), which loses detail at 32 px; what that costs cannot be measured without the original ones. Beside
 cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
 epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. With all 200 epochs cross-entropy,
-LDAM-DRW and LDAM-DRW-RSG stay 5.2, 5.8 and 7.2 points below their figures, so the reason lies in what they share: the
-images, the draw of the tail, or the training itself; RSG's own gain is 1.6 where its paper has 2.9."""
+LDAM-DRW and LDAM-DRW-RSG stay 5.2, 5.8 and 7.2 points below their figures (n = 1), which points to what they share:
+the images, the draw of the tail, or the training itself; RSG's own gain is 1.6 where its paper has 2.9."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",

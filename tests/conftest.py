@@ -1,7 +1,7 @@
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # also for the scripts that tests start
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side: threads that wait for each other are ten times slower
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side; on a busy core threads wait long for each other
 
 from pathlib import Path
 
