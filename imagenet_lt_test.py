@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 
-from data.folders import split_hash
+from data.folders import ImageFolders, split_hash
 from engine import distributed, metrics, post_hoc, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     if args.data_dir is None and result["split_hash"] != record["split_hash"]:
         warn(f"{folders.root} no longer holds the images that the run was trained with")
 
-    folder = run / f"{args.split}{predictor.suffix()}"
+    folder = run / f"{args.split}{predictor.suffix()}{own_suffix(args, folders, result, record)}"
     if distributed.is_main():
         command = command_line("imagenet_lt_test.py", vars(args), vars(parse_args([])))
         shown = features if args.plot_features else None
@@ -79,6 +79,16 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
         say(post_hoc.write_comparison(folder, result, predictor, folders.splits["val"], test, groups))
     say(f"tables and figures in {folder}")
     return result
+
+
+def own_suffix(args: argparse.Namespace, folders: ImageFolders, result: dict, record: dict) -> str:
+    """What tells the files of a test on other images or groups from those of the run's own, which comparisons read."""
+    suffix = ""
+    if (args.data_dir or args.list_dir) and result["split_hash"] != record["split_hash"]:
+        suffix = f"_{folders.root.resolve().name}-{result['split_hash'][:8]}"
+    if args.shot_thresholds != [metrics.MANY, metrics.FEW]:
+        suffix += "_shots_{}_{}".format(*args.shot_thresholds)
+    return suffix
 
 
 if __name__ == "__main__":

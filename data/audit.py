@@ -35,20 +35,21 @@ def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding],
 class Inspected(NamedTuple):
     """One image file."""
 
-    digest: str | None = None  # SHA-256 of the content; None where the file cannot be read
+    digest: str | None = None  # SHA-256 of the content; None where not even that can be read
     thumbnail: np.ndarray | None = None  # grey, uint8 [32, 32]
     size: tuple[int, int] | None = None  # width, height as stored
     error: str | None = None
 
 
 def inspect(path: Path) -> Inspected:
+    digest = None
     try:
-        grey = read_image(path, at_least=32).convert("L").resize((32, 32), Image.Resampling.BOX)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        grey = read_image(path, at_least=32).convert("L").resize((32, 32), Image.Resampling.BOX)
         with Image.open(path) as image:
             size = image.size
     except (OSError, Refused) as error:
-        return Inspected(error=str(error))
+        return Inspected(digest, error=str(error))
     return Inspected(digest, np.asarray(grey), size)
 
 
@@ -59,7 +60,9 @@ def inspect_all(paths: list[Path], workers: int) -> list[Inspected]:
 
 def unreadable_findings(root: Path, inspected: list[Inspected]) -> list[Finding]:
     errors = [image.error.removeprefix(f"{root}/") for image in inspected if image.error]
-    return [Finding(ACT, f"{len(errors)} file(s) that cannot be read", errors)] if errors else []
+    prepared = "; they come from where the folder was prepared from: mend them there, and prepare it again"
+    remedy = prepared if (root / "split.json").is_file() else ""
+    return [Finding(ACT, f"{len(errors)} file(s) that cannot be read{remedy}", errors)] if errors else []
 
 
 def record_findings(root: Path, names: list[str], inspected: list[Inspected]) -> list[Finding]:
@@ -73,7 +76,7 @@ def record_findings(root: Path, names: list[str], inspected: list[Inspected]) ->
     if changed:
         return [Finding(ACT, f"{len(changed)} image(s) differ from split.json; prepare the folder again", changed)]
     digest = hash_of_lines(f"{name} {image.digest}" for name, image in zip(names, inspected, strict=True))
-    if digest != record.get("hash"):
+    if digest != record.get("hash") and all(image.digest for image in inspected):
         return [Finding(ACT, "the content of images differs from the hash in split.json; prepare the folder again")]
     return []
 
@@ -82,7 +85,7 @@ def duplicate_findings(names: list[str], inspected: list[Inspected]) -> list[Fin
     """Pairs of equal files, each with the first of its group: a leak between splits is told from one label twice and
     from two labels."""
     leaks, contradictions, repeats = [], [], []
-    for first, *others in exact_duplicates([image.digest for image in inspected]):
+    for first, *others in exact_duplicates([None if image.error else image.digest for image in inspected]):
         for other in others:
             (split, label, _), (other_split, other_label, _) = names[first].split("/", 2), names[other].split("/", 2)
             kind = leaks if split != other_split else contradictions if label != other_label else repeats

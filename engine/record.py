@@ -25,6 +25,7 @@ from models import LongTailClassifier
 from rsg import generates
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "safetensors")
+CIRCUMSTANCES = ("precision", "channels_last", "device", "hardware", "threads", "processes", "commit")
 REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "mean", "std", "split_hash", "seed"}
 
 
@@ -92,6 +93,20 @@ def read_record(folder: Path) -> dict:
         raise Refused(f"{folder / 'args.json'} is no record of a run: it lacks {', '.join(sorted(missing))}")
     record["flags"] = plain_flags(train_parser().parse_args([])) | record["flags"]
     return record
+
+
+def circumstances(record: dict) -> dict:
+    """What a run's figures depend on beside its flags and images."""
+    return {name: record[name] for name in CIRCUMSTANCES if name in record} | record.get("versions", {})
+
+
+def sessions(record: dict) -> list[dict]:
+    """The record as it was in force from the run's start, and from each time on that it went on under other
+    circumstances: ``resumed`` holds the epochs and what changed."""
+    states = [record]
+    for change in record.get("resumed", []):
+        states.append(states[-1] | change)
+    return states
 
 
 def synthetic_use(record: dict) -> dict:

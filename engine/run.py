@@ -21,7 +21,7 @@ from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Failed, Refused
 from engine.flags import command_line
-from engine.record import plain_flags, read_log, read_record
+from engine.record import circumstances, plain_flags, read_log, read_record
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss
@@ -79,7 +79,7 @@ class RunFolder:
         self.events = args.root_log / run_name(args)  # for TensorBoard
         self.had_run = (self.path / "args.json").exists()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.record = None
+        self.record, self.changed = None, {}  # changed: circumstances that are not those of the run so far
         if self.had_run and (restarted or not args.overwrite):
             if not args.resume and not restarted:
                 raise Refused(
@@ -130,7 +130,7 @@ class RunFolder:
             )
 
     def check_same_start(self, record: dict) -> None:
-        """`Refused` for other images; a warning about another number of processes."""
+        """`Refused` for other images; a warning about other circumstances, which `begin` records."""
         if record["split_hash"] != self.record["split_hash"]:
             raise Refused(
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
@@ -146,9 +146,13 @@ class RunFolder:
                 f"dataset.json says now that images are {'' if record['mirrored'] else 'not '}to be mirrored, other "
                 f"than when {self.path} was started; set its hflip back"
             )
-        begun, now = self.record.get("processes", record["processes"]), record["processes"]
-        if begun != now:
-            warn(f"begun with {begun} processes, going on with {now}: the result is that of neither number")
+        begun, now = circumstances(self.record), circumstances(record)
+        for change in self.record.get("resumed", []):
+            begun |= change
+        self.changed = {name: value for name, value in now.items() if begun.get(name, value) != value}
+        if self.changed:
+            changes = ", ".join(f"{name} {value} (before: {begun[name]})" for name, value in self.changed.items())
+            warn(f"{self.path} goes on under other circumstances, the result may be that of neither: {changes}")
 
     def holds_weights_of(self, epoch: int) -> bool:
         """Whether the best weights are of ``epoch`` or a later one: a kill came between weights and state."""
@@ -169,6 +173,9 @@ class RunFolder:
             for path in [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]:
                 path.unlink()
             files.write_json(self.path / "args.json", record)
+        elif self.changed:
+            resumed = [*self.record.get("resumed", []), {"epoch": epoch} | self.changed]
+            files.write_json(self.path / "args.json", self.record | {"resumed": resumed})
         rows = [row for row in read_log(self.path) if row["epoch"] < epoch]
         content = "".join(f"{json.dumps(row)}\n" for row in rows)
         files.write_atomically(self.path / "log.jsonl", lambda file: file.write(content.encode()))

@@ -30,6 +30,7 @@ from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
 from engine.flags import Parser, add_switch
+from engine.record import sessions
 from engine.run import find_run
 
 FILES = ("comparison.html", "comparison.csv", "pairs.csv", "comparison.md", "comparison.png")
@@ -83,8 +84,9 @@ def refuse_foreign_files(output: Path) -> None:
 
 def remarks_on(runs: list[Run]) -> list[str]:
     """What makes figures of these runs less comparable than they look."""
-    machines = {", ".join(f"{key} {run.record.get(key)}" for key in SPEED) for run in runs}
-    commits = {str(run.record.get("commit")) for run in runs}
+    records = [session for run in runs for session in sessions(run.record)]
+    machines = {", ".join(f"{key} {record.get(key)}" for key in SPEED) for record in records}
+    commits = {str(record.get("commit")) for record in records}
     remarks = []
     if len({run.record["split_hash"] for run in runs} | {run.result["split_hash"] for run in runs}) > 1:
         remarks.append("These runs saw different images; differences are given only between runs of the same.")

@@ -158,7 +158,12 @@ def entry_of(run: Run) -> dict:
     if "hardware" not in record or flags["max_steps"] is not None:
         raise Refused(f"{run.folder} is a smoke run, or too old to say on what hardware it ran; train it again")
     if run.result["split_hash"] != record["split_hash"]:
-        raise Refused(f"{run.folder} was tested on other data than its own; test it again without --data_dir")
+        raise Refused(
+            f"{run.folder} was tested on other images than it was trained with; put those back and test again"
+        )
+    if "resumed" in record:
+        changed = ", ".join(sorted({name for change in record["resumed"] for name in change} - {"epoch"}))
+        raise Refused(f"{run.folder} went on under other circumstances ({changed}), so that no command repeats it")
     command, told = command_of(flags, rows[row].recipe or row, record["seed"])
     return {
         "row": row,

@@ -231,10 +231,12 @@ def test_a_sweep_tests_a_run_again_that_was_tested_on_other_images_or_groups(mak
 
 def test_other_hardware_and_changed_code_are_remarked_on(make_run):
     records = [{"hardware": "H100", "commit": "a" * 40}, {"hardware": "T4", "commit": "a" * 40 + "-dirty"}]
+    records[0]["resumed"] = [{"epoch": 1, "hardware": "L4"}]
     runs = [read_run(make_run(f"run{k}", k, record=record)) for k, record in enumerate(records)]
     speed, code = compare_runs.remarks_on(runs)
     assert "hardware H100" in speed
     assert "hardware T4" in speed
+    assert "hardware L4" in speed  # where the first went on
     assert f"{'a' * 12}, {'a' * 12}-dirty" in code
 
 

@@ -158,6 +158,16 @@ def test_images_that_changed_since_they_were_prepared_are_noticed(tmp_path, clea
     assert [*findings.values()] == [["train/cat/renamed.jpg: added", "train/cat/0.jpg: missing"]]
 
 
+def test_a_file_that_was_broken_before_it_was_prepared_has_not_changed(tmp_path, clean):
+    (clean / "train/cat/0.jpg").write_bytes(b"broken")
+    prepare(preparation_flags(["folder", "--source", str(clean), "--output", str(tmp_path / "out")]))
+    code, findings, _ = audit(tmp_path / "out")
+    ((message, files),) = findings.items()
+    assert code == 1
+    assert message.startswith("act 1 file(s) that cannot be read; they come from where the folder was prepared from")
+    assert files[0].startswith("train/cat/0.jpg")
+
+
 def test_lists_are_audited_like_folders(clean):
     (clean / "train.txt").write_text("train/cat/0.jpg 0\ntrain/dog/0.jpg 1\n")
     (clean / "test.txt").write_text("train/cat/0.jpg 0\ntest/dog/0.jpg 1\n")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -39,13 +38,6 @@ ENTRY |= {"command": "python imagenet_lt_train.py @scripts/recipes/cifar_rsg.txt
 def other(seed: int, balanced: float, **changes) -> dict:
     last = {"balanced_accuracy": balanced, "many": balanced, "medium": balanced}
     return ENTRY | {"seed": seed, "last": last, "command": ENTRY["command"][:-1] + str(seed)} | changes
-
-
-def other_images(data: Path) -> Path:
-    """The same classes with one test image less."""
-    copy = shutil.copytree(data, data.with_name("other"))
-    next((copy / "test" / "rare").iterdir()).unlink()
-    return copy
 
 
 def refusal(folder: Path, capsys) -> str:
@@ -135,10 +127,13 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
     assert "untested" in capsys.readouterr().err
     test = ["--model_dir", str(tmp_path / "any_folder_seed3")]
-    imagenet_lt_test.main(imagenet_lt_test.parse_args([*test, "--data_dir", str(other_images(tiny_dataset))]))
-    assert "tested on other data" in refusal(tmp_path / "any_folder_seed3", capsys)
+    image = next((tiny_dataset / "test" / "rare").iterdir())
+    taken = image.rename(tmp_path / "taken.png")
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(test))
+    assert "tested on other images" in refusal(tmp_path / "any_folder_seed3", capsys)
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))  # as one of a sweep it stops no other
-    assert "tested on other data" in capsys.readouterr().err
+    assert "tested on other images" in capsys.readouterr().err
+    taken.rename(image)
     (tmp_path / "empty").mkdir()  # as a sweep leaves whose runs have all failed
     ledger.main(ledger.parse_args([str(tmp_path / "empty"), str(tmp_path), "--output", str(tmp_path)]))
     assert "empty holds no run" in capsys.readouterr().err
@@ -158,6 +153,10 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet32", 1, 4, 0.05, 3)
     for name in ("ledger.jsonl", "ledger.md"):
         assert str(tmp_path) not in (tmp_path / name).read_text()
+    record = json.loads((tmp_path / "any_folder_seed3" / "args.json").read_text())
+    record["resumed"] = [{"epoch": 1, "threads": 9}]
+    (tmp_path / "any_folder_seed3" / "args.json").write_text(json.dumps(record))
+    assert "other circumstances (threads)" in refusal(tmp_path / "any_folder_seed3", capsys)
     (tmp_path / "ledger.jsonl").write_text(json.dumps(entry)[:-9])
     assert "line 1, is no run" in refusal(tmp_path, capsys)
 

@@ -98,13 +98,35 @@ def test_the_comparison_holds_the_plain_metrics_and_three_corrections(run, teste
 
 
 def test_corrections_do_not_outlive_the_test_that_they_were_of(run, tmp_path):
-    ask(run, "--weights", "last", "--post_hoc")
-    ask(run, "--weights", "last")
-    assert (run / "test_last" / "post_hoc.json").is_file()
-    shutil.copytree(run.parent / "data", tmp_path / "other")
-    next((tmp_path / "other" / "test" / "common").iterdir()).unlink()
-    ask(run, "--weights", "last", "--data_dir", tmp_path / "other")
-    assert not (run / "test_last" / "post_hoc.json").exists()
+    copy = shutil.copytree(run, tmp_path / "run")
+    ask(copy, "--weights", "last", "--post_hoc")
+    ask(copy, "--weights", "last")
+    assert (copy / "test_last" / "post_hoc.json").is_file()
+    with (copy / "last.safetensors").open("r+b") as file:  # other weights: as if training had gone on
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    ask(copy, "--weights", "last")
+    assert not (copy / "test_last" / "post_hoc.json").exists()
+
+
+def test_other_images_and_other_groups_have_a_folder_of_their_own(run, tested, tmp_path):
+    before = {path.name: path.read_bytes() for path in (run / "test").iterdir()}
+    other = shutil.copytree(run.parent / "data", tmp_path / "other")
+    ask(run, "--data_dir", other)  # the same images elsewhere: the same test
+    assert not list(run.glob("test_other*"))
+    for name in ("metrics.json", "logits.npz", "predictions.csv", "per_class.csv"):
+        assert (run / "test" / name).read_bytes() == before[name]
+    before = {path.name: path.read_bytes() for path in (run / "test").iterdir()}
+    next((other / "test" / "common").iterdir()).unlink()
+    result = ask(run, "--data_dir", other)
+    (folder,) = run.glob("test_other*")
+    assert folder.name == f"test_other-{result['split_hash'][:8]}"
+    assert json.loads((folder / "metrics.json").read_text())["n"] == 8
+    ask(run, "--shot_thresholds", 6, 4)
+    ask(run, "--shot_thresholds", 6, 4, "--data_dir", other)
+    assert json.loads((run / "test_shots_6_4" / "metrics.json").read_text())["n"] == 9
+    assert (run / f"{folder.name}_shots_6_4").is_dir()
+    assert {path.name: path.read_bytes() for path in (run / "test").iterdir()} == before
 
 
 def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run, tested):

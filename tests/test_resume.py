@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import imagenet_lt_train
+from engine.record import sessions
 from engine.state import TrainingState, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,14 +183,23 @@ def test_a_run_does_not_replace_the_weights_that_it_starts_from(tmp_path, tiny_d
     assert (run / "last.safetensors").read_bytes() == before
 
 
-def test_going_on_with_another_number_of_processes_is_a_warning(tmp_path, tiny_dataset, capsys):
+def test_going_on_under_other_circumstances_is_a_warning_and_is_recorded(tmp_path, tiny_dataset, capsys):
     run = train(tmp_path, tiny_dataset)
     record = json.loads((run / "args.json").read_text())
-    assert record["processes"] == 1
-    (run / "args.json").write_text(json.dumps(record | {"processes": 2}))
+    begun = record | {"processes": 2, "precision": "float16", "versions": record["versions"] | {"torch": "2.0"}}
+    (run / "args.json").write_text(json.dumps(begun))
     (run / "state.previous.pt").replace(run / "state.pt")
     train(tmp_path, tiny_dataset, "--resume")
-    assert "begun with 2 processes, going on with 1" in capsys.readouterr().err
+    assert "processes 1 (before: 2)" in capsys.readouterr().err
+    now = {"precision": record["precision"], "processes": 1, "torch": record["versions"]["torch"]}
+    resumed = [{"epoch": 2} | now]
+    assert json.loads((run / "args.json").read_text()) == begun | {"resumed": resumed}
+    assert [state["precision"] for state in sessions(begun | {"resumed": resumed})] == ["float16", now["precision"]]
+
+    (run / "state.previous.pt").replace(run / "state.pt")
+    train(tmp_path, tiny_dataset, "--resume")
+    assert "circumstances" not in capsys.readouterr().err
+    assert json.loads((run / "args.json").read_text())["resumed"] == resumed
 
 
 def test_resume_refuses_other_images(tmp_path, tiny_dataset, capsys):
