@@ -218,8 +218,13 @@ class CachedViews:
     """The fixed view of every image, decoded once: uint8 [N, 3, S, S] on the device."""
 
     def __init__(self, paths: list[Path], size: int, workers: int, device: torch.device):
-        views = decode_all(paths, lambda path: np.asarray(transforms.fixed_view(read_image(path), size)), workers)
-        self.views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().to(device)
+        views = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+
+        def store(index: int, path: Path) -> None:
+            views.numpy()[index] = np.asarray(transforms.fixed_view(read_image(path), size)).transpose(2, 0, 1)
+
+        decode_all(paths, store, workers)
+        self.views = views.to(device)
 
     def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
         for indices in batches:
@@ -286,15 +291,26 @@ class DecodedImages:
     """All images in one block of memory, which worker processes share."""
 
     def __init__(self, paths: list[Path], workers: int):
-        arrays = decode_all(paths, lambda path: np.asarray(read_image(path)), workers)
-        self.shapes = torch.tensor([array.shape for array in arrays])
-        self.ends = self.shapes.prod(dim=1).cumsum(0)
+        sizes = torch.tensor([image_size(path) or (0, 0) for path in paths])
+        self.ends = (3 * sizes.prod(dim=1)).cumsum(0)
+        self.shapes = torch.empty(len(paths), 2, dtype=torch.int64)  # height, width as seen: a turned image's differ
         self.block = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()
-        np.concatenate([array.ravel() for array in arrays], out=self.block.numpy())
+
+        def store(index: int, path: Path) -> None:
+            image = read_image(path)
+            if image.width * image.height != int(sizes[index].prod()):
+                raise Refused(f"{path} is not of the size that its header says; save it again")
+            self.shapes[index] = torch.tensor((image.height, image.width))
+            self.pixels(index).numpy()[:] = np.asarray(image)
+
+        decode_all(paths, store, workers)
+
+    def pixels(self, index: int) -> Tensor:
+        (height, width), end = self.shapes[index].tolist(), int(self.ends[index])
+        return self.block[end - 3 * height * width : end].view(height, width, 3)
 
     def __getitem__(self, index: int) -> Image.Image:
-        (height, width, _), end = self.shapes[index].tolist(), int(self.ends[index])
-        return Image.fromarray(self.block[end - 3 * height * width : end].view(height, width, 3).numpy())
+        return Image.fromarray(self.pixels(index).numpy())
 
 
 class _GivenBatches:
@@ -340,22 +356,23 @@ def read_batch(keys: list, read: Callable) -> Tensor | str:
         return str(error)
 
 
-def decode_all(paths: list[Path], read: Callable[[Path], np.ndarray], workers: int) -> list[np.ndarray]:
-    """``read`` of every path in threads (decoders leave Python's lock); `Refused` with all broken files."""
+def decode_all(paths: list[Path], store: Callable[[int, Path], None], workers: int) -> None:
+    """``store`` with each position and path, in threads (decoders leave Python's lock); `Refused` with all broken
+    files. Each goes where it will stay: a list of them would take as much memory again."""
 
-    def attempt(path: Path) -> np.ndarray | str:
+    def attempt(index: int, path: Path) -> str:
         try:
-            return read(path)
+            store(index, path)
         except Refused as error:
             return str(error)
+        return ""
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(tqdm(pool.map(attempt, paths), "decoding", len(paths), unit="image", disable=None, leave=False))
-    broken = [result for result in results if isinstance(result, str)]
-    if broken:
+        results = pool.map(attempt, range(len(paths)), paths)
+        faults = list(tqdm(results, "decoding", len(paths), unit="image", disable=None, leave=False))
+    if broken := [fault for fault in faults if fault]:
         more = f"; and {len(broken) - 20} more, which scripts/audit_data.py lists" if len(broken) > 20 else ""
         raise Refused("; ".join(broken[:20]) + more)
-    return results
 
 
 def decoded_bytes(paths: list[Path], sample: int = 64) -> float:

@@ -1,6 +1,7 @@
 """From files to batches: augmentation, sampling and loaders, against slow loops, Pillow and torchvision."""
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from scipy.stats import binom, kstest
 from data import transforms
 from data.folders import Split
 from data.images import read_image
-from data.loaders import Batch, EvaluationLoader, Pixels, TrainingLoader, decode_all, decoded_bytes, own_size
+from data.loaders import (
+    Batch,
+    DecodedImages,
+    EvaluationLoader,
+    Pixels,
+    TrainingLoader,
+    decode_all,
+    decoded_bytes,
+    own_size,
+)
 from data.samplers import SAMPLERS, batch_bounds, epoch_draws, epoch_order, policy_draws
 from data.transforms import (
     BRIGHTNESS,
@@ -493,12 +503,41 @@ def test_all_broken_files_are_listed_at_the_start(tmp_path, size):
     assert str(split.paths[0]) not in str(error.value)
 
 
+@pytest.mark.parametrize("side", [64, 100])
+def test_images_in_memory_are_decoded_to_where_they_stay(tmp_path, side):
+    """Python's memory beside the cache itself, which is torch's: a few images at a time."""
+    split = write_split(tmp_path, 25, side)
+    tracemalloc.start()
+    loader = training(split, side, workers=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25 * 3 * side**2 / 2
+    views = (
+        loader.source.views
+        if side == 64
+        else torch.stack(
+            [torch.from_numpy(np.array(loader.source.loader.dataset.decoded[i])).permute(2, 0, 1) for i in range(25)]
+        )
+    )
+    expected = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in split.paths]
+    assert torch.equal(views, torch.stack(expected))
+
+
+def test_a_turned_image_keeps_its_shape_in_memory(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    decoded = DecodedImages([tmp_path / "a.png"], workers=1)
+    assert np.array_equal(np.asarray(decoded[0]), np.rot90(pixels, -1))
+
+
 def test_of_many_broken_files_twenty_are_named_and_the_others_counted(tmp_path):
     split = write_split(tmp_path, 23, 16)
     for path in split.paths:
         path.write_bytes(b"")
     with pytest.raises(Refused, match="and 3 more, which scripts/audit_data.py lists$") as error:
-        decode_all(split.paths, read_image, workers=2)
+        decode_all(split.paths, lambda index, path: read_image(path), workers=2)
     assert sum(str(path) in str(error.value) for path in split.paths) == 20
 
 
