@@ -35,7 +35,7 @@ def one_line_errors(main: Callable) -> Callable:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
-        except (Failed, OSError, RuntimeError) as error:
+        except (Failed, OSError, RuntimeError, MemoryError) as error:
             print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
             raise SystemExit(Failed.exit_code) from None
 
@@ -46,6 +46,8 @@ def _sentence(error: Exception) -> str:
     """What a user can do something about; any other `RuntimeError` is a defect and goes on as it is."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which scripts that do without torch need not load
         return f"{str(error).splitlines()[0]} Try a smaller --batch_size, or --accumulate_steps"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's, torch's on a CPU
+        return "out of memory; try smaller images or batches, fewer --rsg_centers, or --accumulate_steps"
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):

@@ -10,9 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import imagenet_lt_train
+from engine.errors import one_line_errors
 from engine.state import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +57,12 @@ def failure(capsys, call) -> str:
 
 def has_saved(folder: Path) -> bool:
     return (folder / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def test_memory_that_is_not_there_is_one_line(capsys, allocate):
+    line = failure(capsys, lambda: one_line_errors(allocate)(2**58))
+    assert line.startswith("error: out of memory")
 
 
 def test_a_file_deleted_during_training_is_named(tmp_path, tiny_dataset, capsys):
