@@ -99,14 +99,19 @@ def main(args: argparse.Namespace) -> None:
     logs = None if args.line else root_model
     with files.locked(root_model) if logs else contextlib.nullcontext():  # lines of the list may run side by side
         failures = run_all(to_do, args.jobs, threads | os.environ, logs)
-    done = [run for run in runs if is_done(run)]
+    done, compared = [run for run in runs if is_done(run)], True
     if done and not args.line:
         flags = [*(str(run.folder) for run in done), "--output", str(root_model / "comparison")]
-        compare_runs.main(compare_runs.parse_args(flags))
+        try:
+            compare_runs.main(compare_runs.parse_args(flags))
+        except SystemExit:  # which has said why; what failed is summed up all the same
+            compared = False
     if not failures:
         failures = [f"{run.name} is not tested on its own images" for run in to_do if run not in done]
     if failures:
         raise Failed(f"{len(failures)} of {len(runs)} runs failed: {'; '.join(failures)}")
+    if not compared:
+        raise Failed("all runs are done, but they are not compared")
 
 
 def settings_of(text: str) -> dict[str, list[str]]:

@@ -294,6 +294,20 @@ def test_a_sweep_ends_in_a_comparison_names_what_failed_and_repeats_nothing_that
     assert "1 of 2 runs failed: bad_seed0 ended with" in capsys.readouterr().err
     good = tmp_path / "mine_tiny_arch-resnet32_epochs-1/good_seed0"
     assert (good.parent / "comparison/comparison.csv").read_text().count("\n") == 2  # names and one setting
+    page = good.parent / "comparison/comparison.html"
+    ours = page.read_text()
+    page.write_text("mine")  # a comparison that is refused hides no failure
+    with pytest.raises(SystemExit) as error:
+        sweep.main(sweep.parse_args(["mine", "good --lr 0.01\nbad --lr 1e30", *words]))
+    assert error.value.code == 1
+    said = capsys.readouterr().err
+    assert "comparison.html is not of an earlier comparison" in said
+    assert "1 of 2 runs failed: bad_seed0 ended with" in said
+    with pytest.raises(SystemExit) as error:
+        sweep.main(sweep.parse_args(["mine", "good --lr 0.01", *words]))
+    assert error.value.code == 1
+    assert "all runs are done, but they are not compared" in capsys.readouterr().err
+    page.write_text(ours)
     before = {path: path.stat().st_mtime_ns for path in good.rglob("*.*")}
     sweep.main(sweep.parse_args(["mine", "good --lr 0.01", *words]))
     assert before == {path: path.stat().st_mtime_ns for path in good.rglob("*.*")}
