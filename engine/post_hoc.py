@@ -37,15 +37,25 @@ def tau_normalised(logits: np.ndarray, norms: np.ndarray, bias: np.ndarray, tau:
     return (logits - bias) / norms**tau
 
 
-def best_tau(corrected: Callable[[np.ndarray, float], np.ndarray], val: Labelled) -> tuple[float, float]:
-    """Tau of `TAUS` with the highest balanced accuracy on val, the smallest of equals; and that accuracy.
+def tau_normalising(head: Linear) -> Callable[[np.ndarray, float], np.ndarray]:
+    """`tau_normalised` for logits of ``head``."""
+    norms = head.weight.detach().double().norm(dim=1).cpu().numpy()
+    bias = head.bias.detach().double().cpu().numpy()
+    return lambda logits, tau: tau_normalised(logits, norms, bias, tau)
+
+
+def scores_by_tau(corrected: Callable[[np.ndarray, float], np.ndarray], val: Labelled) -> dict[float, float]:
+    """The balanced accuracy on val with each of `TAUS`."""
+    return {tau: _balanced_accuracy(corrected(val.logits, tau), val.targets) for tau in TAUS.tolist()}
+
+
+def best_tau(scores: dict[float, float]) -> float:
+    """The tau with the highest balanced accuracy, the smallest of equals.
 
     A mean over classes does not lean to any class, however many images each has in val. But where val is long-tailed
     like training, the recall of a rare class comes from a handful of images, and tau is as uncertain as that.
     """
-    scores = [_balanced_accuracy(corrected(val.logits, tau), val.targets) for tau in TAUS]
-    best = int(np.argmax(scores))
-    return float(TAUS[best]), scores[best]
+    return max(scores, key=scores.get)
 
 
 def best_temperature(val: Labelled) -> tuple[float, float]:
@@ -94,9 +104,7 @@ def compare(
     """
     by_tau = {"logit_adjustment": lambda logits, tau: logit_adjusted(logits, prior, tau)}
     if isinstance(head, Linear):
-        norms = head.weight.detach().double().norm(dim=1).cpu().numpy()
-        bias = head.bias.detach().double().cpu().numpy()
-        by_tau["tau_normalisation"] = lambda logits, tau: tau_normalised(logits, norms, bias, tau)
+        by_tau["tau_normalisation"] = tau_normalising(head)
 
     def row(logits: np.ndarray, **fitted: float) -> dict:
         return fitted | metrics.summary(logits, test.targets, class_counts, groups)
@@ -107,8 +115,9 @@ def compare(
         "temperature": row(test.logits / temperature, temperature=temperature, val_nll=val_nll),
     }
     for name, corrected in by_tau.items():
-        tau, score = best_tau(corrected, val)
-        rows[name] = row(corrected(test.logits, tau), tau=tau, val_balanced_accuracy=score)
+        scores = scores_by_tau(corrected, val)
+        tau = best_tau(scores)
+        rows[name] = row(corrected(test.logits, tau), tau=tau, val_balanced_accuracy=scores[tau])
     return rows
 
 

@@ -18,13 +18,9 @@ class CrossEntropyLoss(nn.Module):
 
     @in_float32
     def forward(self, logits: Tensor, targets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        weight = torch.ones_like(logits[0]) if self.weight is None else self.weight.to(logits)
+        losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=self.label_smoothing)
+        weights = weight[targets]
         if row_weights is not None:
-            weight = torch.ones_like(logits[0]) if self.weight is None else self.weight.to(logits)
-            losses = F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=self.label_smoothing)
-            return mean_over_processes((row_weights * losses).sum(), (row_weights * weight[targets]).sum())
-        if self.weight is None:
-            total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
-            return mean_over_processes(total, len(targets))
-        weight = self.weight.to(logits)
-        total = F.cross_entropy(logits, targets, weight, reduction="sum", label_smoothing=self.label_smoothing)
-        return mean_over_processes(total, weight[targets].sum())
+            losses, weights = row_weights * losses, row_weights * weights
+        return mean_over_processes(losses.sum(), weights.sum())

@@ -14,7 +14,6 @@ Flags of imagenet_lt_train.py may follow: --run_name other, and for crt's traini
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import imagenet_lt_train
@@ -25,8 +24,8 @@ from engine.console import say
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
 from engine.flags import Parser, number_in
-from engine.metrics import shot_groups, summary
 from engine.options import train_parser
+from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
 from engine.record import code_commit, plain_flags, read_record
 from engine.run import RunFolder, default_weights, find_run, pixels_of, read_weights, save_weights, trained_model
 
@@ -48,7 +47,6 @@ FOR_TAU = {
     "device",
 }
 OWN = ("run_name", "root_model", "root_log", "data_dir", "list_dir")  # of a rescaled run; the rest is its parent's
-TAUS = np.arange(0, 2.01, 0.1).round(1)
 
 
 @one_line_errors
@@ -66,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("crt", "tau"), default="crt", help="train anew, or rescale")
     parser.add_argument("--parent_weights", choices=("best", "last"), help="default: best, or last without one")
     parser.add_argument(
-        "--tau", type=number_in(0), metavar="T", help="tau: 0 to 2 by 0.1, the best on val/, by default"
+        "--tau", type=number_in(0), metavar="T", help="tau: 0 to 2 by 0.05, the best on val/, by default"
     )
     args, rest = parser.parse_known_args(argv)
     args.parent = find_run(args.model_dir, args.root_model)
@@ -107,7 +105,7 @@ def rescale(args: argparse.Namespace) -> None:
     run = RunFolder(args.training)
     weights = read_weights(args.parent, args.parent_weights)
     model = trained_model(args.parent, record, weights.tensors).to(device)
-    scores = {}
+    head, scores = model.heads["main"], {}
     if args.tau is None:
         folders = read_image_folders(args.training.data_dir, args.training.list_dir)
         if split_hash(folders) != record["split_hash"]:
@@ -115,17 +113,13 @@ def rescale(args: argparse.Namespace) -> None:
         if "val" not in folders.splits:
             raise Refused(f"{folders.root} has no val/ images of the run's classes to choose tau on; give --tau")
         loader = build_evaluation_loader(args.training, folders.splits["val"], pixels_of(record), device)
-        predictions, weight = predict(model, loader, None, "validation"), model.heads["main"].weight.detach()
-        for tau in TAUS.tolist():
-            logits = predictions.features @ normalized(weight, tau).double().cpu().numpy().T
-            counts = record["class_counts"]
-            result = summary(logits, predictions.targets, counts, shot_groups(counts))
-            scores[tau] = result["balanced_accuracy"]
-            say(f"tau {tau:.1f}  val balanced {scores[tau]:6.1%}")
-    tau = args.tau if args.tau is not None else max(scores, key=scores.get)
-    head = model.heads["main"]
+        predictions = predict(model, loader, None, "validation")
+        scores = scores_by_tau(tau_normalising(head), Labelled(predictions.logits["main"], predictions.targets))
+        for tau, score in scores.items():
+            say(f"tau {tau:.2f}  val balanced {score:6.1%}")
+    tau = args.tau if args.tau is not None else best_tau(scores)
     with torch.no_grad():
-        head.weight.copy_(normalized(head.weight, tau))
+        head.weight.div_(torch.linalg.vector_norm(head.weight, dim=1, keepdim=True) ** tau)
         head.bias.zero_()
     own = {name: plain_flags(args.training)[name] for name in OWN}
     record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
@@ -136,11 +130,6 @@ def rescale(args: argparse.Namespace) -> None:
         run.begin(record, 0, fresh=True)
         save_weights(run.path / "last.safetensors", model, None, weights.epoch)
     say(f"tau {tau:g}; test it with: {run.test_command()}")
-
-
-def normalized(weight: torch.Tensor, tau: float) -> torch.Tensor:
-    """Rows divided by the ``tau``-th power of their norm."""
-    return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True) ** tau
 
 
 if __name__ == "__main__":

@@ -9,7 +9,15 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from engine import post_hoc
 from engine.metrics import shot_groups
-from engine.post_hoc import Labelled, best_tau, best_temperature, compare, logit_adjusted, tau_normalised
+from engine.post_hoc import (
+    Labelled,
+    best_tau,
+    best_temperature,
+    compare,
+    logit_adjusted,
+    scores_by_tau,
+    tau_normalised,
+)
 from engine.priors import reweighted
 from models.heads import Linear, NormedLinear
 
@@ -89,19 +97,21 @@ def test_tau_is_the_smallest_of_the_best_on_the_grid():
     """Class 1 is right from 0.5 on, and class 0 until 1: equal accuracies in between."""
     val = Labelled(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([0, 1]))
     corrected = lambda logits, tau: logits - tau * np.array([1.0, 0.0]) - 1e-9 * np.array([1.0, 0.0])  # noqa: E731
-    assert best_tau(corrected, val) == (0.5, 1.0)
+    scores = scores_by_tau(corrected, val)
+    assert (best_tau(scores), scores[0.5]) == (0.5, 1.0)
 
 
 def test_where_no_tau_helps_it_is_0():
     val = Labelled(np.eye(3), np.arange(3))
-    assert best_tau(lambda logits, tau: logits, val) == (0.0, 1.0)
+    assert best_tau(scores_by_tau(lambda logits, tau: logits, val)) == 0.0
 
 
 def test_tau_is_chosen_by_classes_not_by_images():
     """Fifty images of class 0 are lost for the ten of class 1 that are won: half a class for a whole one."""
     logits = np.array([[0.4, 0.0]] * 50 + [[3.0, 0.0]] * 50 + [[0.4, 0.0]] * 10)
     val = Labelled(logits, np.repeat([0, 1], [100, 10]))
-    tau, score = best_tau(lambda logits, tau: logits - tau * np.array([1.0, 0.0]), val)
+    scores = scores_by_tau(lambda logits, tau: logits - tau * np.array([1.0, 0.0]), val)
+    tau, score = best_tau(scores), max(scores.values())
     assert (tau, score) == (pytest.approx(0.45), 0.75)
 
 

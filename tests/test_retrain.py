@@ -83,7 +83,7 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     retrain(tmp_path, "--method", "tau", "--overwrite")
     record = record_of(run)
     scores = {float(tau): score for tau, score in record["val_balanced_accuracy_by_tau"].items()}
-    assert len(scores) == 21
+    assert len(scores) == 41
     assert len(set(scores.values())) > 1
     assert scores[record["tau"]] == max(scores.values())
     assert record["parent"] == str(parent)
