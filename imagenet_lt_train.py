@@ -22,6 +22,7 @@ from engine.optim import (
     build_average,
     build_clip,
     build_optimizer,
+    check_average,
     check_optimizer_flags,
     learning_rate,
     rates_in_force,
@@ -29,7 +30,7 @@ from engine.optim import (
     steps_in_epoch,
 )
 from engine.options import check_idle_flags, check_run_flags, train_parser
-from engine.record import describe, new_record
+from engine.record import check_start, describe, new_record
 from engine.run import RunFolder, pixels_of
 from engine.selection import Selection, build_selection
 from engine.state import TrainingState, read_state
@@ -79,6 +80,8 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         check_compiler(device)
     training = distributed.together(lambda: build_training_loader(args, folders, pixels, seed, device))
+    for warning in check_average(args, len(training)):
+        warn(warning)
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
     torch.manual_seed(seed)
@@ -86,6 +89,8 @@ def main(args: argparse.Namespace) -> None:
     if args.weights and not saved:
         for mismatch in load_backbone_weights(model.backbone, args.weights):
             say(f"{args.weights}: {mismatch}")
+        for warning in check_start(args, pixels):
+            warn(warning)
     model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -133,7 +138,7 @@ def fit(
     def save_due(step: int) -> bool:
         updates = math.ceil(step / args.accumulate_steps)
         scheduled = args.save_every_steps is not None and updates % args.save_every_steps == 0
-        return bool(stop.requested(step, args.print_freq, device)) or scheduled
+        return bool(stop.requested(updates, args.print_freq, device)) or scheduled
 
     def save() -> None:
         state.stop_clock()

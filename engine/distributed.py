@@ -32,6 +32,7 @@ def start(device_name: str) -> torch.device:
             raise Refused(f"--device cuda: process {index} needs a GPU, but {torch.cuda.device_count()} can be used")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what --amp off says; cuDNN would round to 10 bits
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

@@ -23,12 +23,12 @@ class StopSignal:
         for each in self.former:
             signal.signal(each, signal.SIG_DFL)
 
-    def requested(self, step: int, check_every: int, device: torch.device) -> int:
+    def requested(self, update: int, check_every: int, device: torch.device) -> int:
         """The signal that any process has received, or 0. Several processes ask each other every ``check_every``
-        steps only, because they must wait for the answer."""
+        updates only, because they must wait for the answer."""
         if distributed.world_size() == 1:
             return self.received
-        return 0 if step % check_every else int(distributed.largest(torch.tensor(self.received, device=device)))
+        return 0 if update % check_every else int(distributed.largest(torch.tensor(self.received, device=device)))
 
     def exit_if_received(self, where: str, device: torch.device) -> None:
         """Leave with 128 + the signal's number, as a shell reports it; everything has been saved. All processes ask at

@@ -72,6 +72,19 @@ def check_optimizer_flags(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def check_average(args: argparse.Namespace, num_batches: int) -> list[str]:
+    """A warning when the averaged weights still hold much of the first ones at the end."""
+    if args.ema_decay is None or args.max_steps is not None:
+        return []
+    updates = (args.epochs - args.start_epoch) * math.ceil(num_batches / args.accumulate_steps)
+    if (first := args.ema_decay**updates) < 0.01:
+        return []
+    return [
+        f"after {updates} updates --ema_decay {args.ema_decay:g} leaves {first:.0%} of the first weights in what is "
+        f"judged and saved; {0.01 ** (1 / updates):.4g} leaves 1 %"
+    ]
+
+
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """The learning rate in force in ``epoch``, counted from 0."""
     warmup = resolved_epoch(args, "warmup_epochs")

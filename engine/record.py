@@ -86,6 +86,16 @@ def parent_run(args: argparse.Namespace) -> str | None:
     return str(args.weights.parent) if is_of_run else None
 
 
+def check_start(args: argparse.Namespace, pixels: Pixels) -> list[str]:
+    """A warning when the weights that a run starts from have learned on otherwise normalised images."""
+    if (parent := parent_run(args)) is None:
+        return []
+    told, here = files.read_json(Path(parent) / "args.json"), {"mean": [*pixels.mean], "std": [*pixels.std]}
+    if all(told.get(name, value) == value for name, value in here.items()):
+        return []
+    return [f"--weights {args.weights} learned on images normalised with other means and deviations; see --normalize"]
+
+
 def read_record(folder: Path) -> dict:
     """args.json of a run; flags that came after it have their defaults."""
     record = files.read_json(folder / "args.json")

@@ -351,8 +351,13 @@ def test_synchronized_batch_norm_is_refused_on_a_cpu(tmp_path, tiny_dataset, cap
 def test_a_run_starts_from_the_weights_of_another(tmp_path, tiny_dataset, capsys):
     first = train(tmp_path / "first", tiny_dataset, "--batch_size", "4")
     weights = str(first / "last.safetensors")
-    run = train(tmp_path / "second", tiny_dataset, "--batch_size", "4", "--weights", weights, "--lr", "1e-30")
-    assert "not used: heads.main.weight" in capsys.readouterr().out
+    start = ["--batch_size", "4", "--weights", weights, "--lr", "1e-30"]
+    run = train(tmp_path / "second", tiny_dataset, *start)
+    said = capsys.readouterr()
+    assert "not used: heads.main.weight" in said.out
+    assert "normalised" not in said.err
+    train(tmp_path / "third", tiny_dataset, *start, "--normalize", "dataset")
+    assert "learned on images normalised with other means" in capsys.readouterr().err
     one, other = load_run(first)[0].state_dict(), load_run(run)[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one if name.endswith("conv1.weight"))
     assert not torch.equal(one["heads.main.weight"], other["heads.main.weight"])

@@ -11,6 +11,7 @@ from engine.optim import (
     build_average,
     build_clip,
     build_optimizer,
+    check_average,
     learning_rate,
     map_positions,
     rates_in_force,
@@ -215,6 +216,17 @@ def test_the_average_is_the_exponential_mean_of_weights_and_running_statistics()
     own = averaged.module
     torch.testing.assert_close([own[0].weight.detach(), own[1].running_mean, own[1].running_var], expected)
     assert build_average(model, None) is None
+
+
+def test_an_average_that_keeps_much_of_the_first_weights_is_a_warning():
+    args = flags("--epochs 30 --ema_decay 0.999 --accumulate_steps 2 --start_epoch 10")
+    (warning,) = check_average(args, num_batches=9)
+    assert "after 100 updates" in warning
+    assert "leaves 90% of the first weights" in warning  # 0.999 ** 100
+    assert "0.955 leaves 1 %" in warning  # 0.955 ** 100 = 0.01
+    assert check_average(args, num_batches=1000) == []
+    assert check_average(flags("--ema_decay 0.95 --start_epoch 10"), num_batches=9) == []
+    assert check_average(flags(""), num_batches=1) == []
 
 
 @pytest.mark.parametrize("words", ["--nesterov --momentum 0", "--nesterov --optimizer adamw", "--ema_decay 1"])
