@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     for warning in check_class_weights(args, folders.class_counts):
         warn(warning)
     run = RunFolder(args)
-    saved = read_state(run.path, device) if run.record else None
+    saved = read_state(run.path, device, quiet=True) if run.record else None
     if run.record and not saved:
         run.refuse_to_lose()
     if saved and saved["finished"]:

@@ -1,5 +1,6 @@
 """An audit for people: lines of text and the distribution of the classes."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from data.listing import ACT, Finding
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.console import printable
+from engine.files import write_atomically
 from engine.metrics import shot_groups
 
 SHOWN = 5  # files printed of a note or hint; of what must be acted on, all
@@ -65,4 +67,6 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
         labels = [printable(names.get(name, name)) for name in order]
         axes.set_xticks(range(len(order)), labels, rotation=90, fontsize=7, parse_math=False)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # that the font has none for: a box stands there
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import SPLITS, class_folders, image_files
+from data.folders import SPLITS, class_folders, image_files, without_images
 from engine.errors import Refused
 
 LIKE_SPLITS = {*SPLITS, "valid", "validation", "training", "testing"}
@@ -39,7 +39,7 @@ def read_classes(folder: Path) -> Classes:
         raise Refused(f"{folder} holds no class folders; images lie in {folder}/<class>/<image>")
     empty = [name for name, images in classes.items() if not images]
     if empty:
-        raise Refused(f"no images in {', '.join(str(folder / name) for name in empty)}; add some or remove the folder")
+        raise without_images([folder / name for name in empty])
     return classes
 
 

@@ -100,9 +100,17 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     present = set(splits["train"].targets)
     empty = [name for index, name in enumerate(classes) if index not in present]
     if empty:
-        raise Refused(f"no images in {', '.join(str(train / name) for name in empty)}; add some or remove the folder")
+        raise without_images([train / name for name in empty])
     splits = {name: split for name, split in splits.items() if split.paths}
     return ImageFolders(root, classes, splits, read_about(root))
+
+
+def without_images(folders: list[Path]) -> Refused:
+    """What to say of class folders that hold no image themselves."""
+    names = ", ".join(map(str, folders))
+    if any(image_files(inner) for folder in folders for inner in folder.rglob("*/")):
+        return Refused(f"no images in {names} itself but in folders inside, which are not read; move them up")
+    return Refused(f"no images in {names}; add some or remove the folder")
 
 
 def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: list[str]) -> ImageFolders:

@@ -47,7 +47,7 @@ def _sentence(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which scripts that do without torch need not load
         return f"{str(error).splitlines()[0]} Try a smaller --batch_size, or --accumulate_steps"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's, torch's on a CPU
-        return "out of memory; try smaller images or batches, fewer --rsg_centers, or --accumulate_steps"
+        return "out of memory; try a smaller --batch_size or smaller images, or --accumulate_steps"
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):

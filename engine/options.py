@@ -40,7 +40,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=number_in(0, 2**31, kind=int), help="default: drawn, printed and recorded")
     group.add_argument("--start_epoch", "--start-epoch", type=number_in(0, kind=int), default=0, help="of a fresh run")
     add_switch(group, "--resume", False, "go on with the run in the folder, or start if there is none")
-    add_switch(group, "--overwrite", False, "replace the run in the folder")
+    add_switch(group, "--overwrite", False, "replace the run in the folder, its tests, predictions and exports too")
     group.add_argument("--save_every_steps", type=number_in(1, kind=int), metavar="N", help="default: once an epoch")
     group.add_argument("--max_steps", type=number_in(1, kind=int), metavar="N", help="end after N steps: a smoke run")
     add_switch(group, "--sync_bn", False, "batch normalisation over all processes; GPUs only")

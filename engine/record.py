@@ -1,6 +1,7 @@
 """What a run says of itself: args.json, log.jsonl and the lines at its start."""
 
 import argparse
+import bisect
 import dataclasses
 import importlib.metadata
 import json
@@ -199,9 +200,9 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
     if str(build_objective(args, folders.class_counts, epoch=0)) != record["objective"]:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
-        first = next((epoch for epoch in range(args.epochs) if generates(args, epoch)), None)
+        first = bisect.bisect(range(args.epochs), False, key=lambda epoch: generates(args, epoch))
         if record["center_lr_limit"] is not None and record["center_lr_limit"] < args.lr:
             lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")
-        when = f"generates from epoch {first} of {args.epochs} on" if first is not None else "never generates"
+        when = f"generates from epoch {first} of {args.epochs} on" if first < args.epochs else "never generates"
         lines.append(f"rsg        {record['generator_parameters'] / 1e6:.2f} M parameters, in training only; {when}")
     return "\n".join(lines)

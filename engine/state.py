@@ -79,21 +79,21 @@ class TrainingState:
             raise Refused(f"the saved state is not of this model: {reason}; start again with --overwrite") from None
 
 
-def read_state(folder: Path, device: torch.device) -> dict | None:
-    """The newest readable state, with a warning about a newer one that is not; None when nothing has been saved.
-    Only tensors and plain values are loaded: no pickle is executed."""
+def read_state(folder: Path, device: torch.device, quiet: bool = False) -> dict | None:
+    """The newest readable state, with a warning, unless ``quiet``, about a newer one that is not; None when nothing has
+    been saved. Only tensors and plain values are loaded: no pickle is executed."""
     trouble = None
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if path.exists():
             try:
                 content = {"averaged": None} | torch.load(path, map_location=device, weights_only=True)
-                if missing := {entry.name for entry in fields(TrainingState)} - set(content):
-                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-                if trouble:
+                if {entry.name for entry in fields(TrainingState)} - set(content):
+                    raise ValueError
+                if trouble and not quiet:
                     warn(f"{trouble}; going on from {path}")
                 return content
-            except Exception as error:  # truncated archives and foreign pickles share no base class
-                trouble = trouble or f"{path} cannot be used: {error!r:.200}"
+            except Exception:  # truncated archives and foreign pickles share no base class
+                trouble = trouble or f"{path} cannot be used: it is damaged, or no state that a training has saved"
     if trouble:
         raise Refused(f"{trouble}; there is no good one before it, start again with --overwrite")
     return None

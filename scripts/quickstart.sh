@@ -4,6 +4,9 @@
 # the run, so --run_name and --root_model are not among them: bash scripts/quickstart.sh --seed 1
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case " $*" in
+    *" --run_name"* | *" --root_model"*) echo 'error: --run_name and --root_model are set here; see the top of this script' >&2; exit 2 ;;
+esac
 source scripts/environment.sh requirements.txt
 
 name=quickstart$(printf '_%s' "$@" | sed 's/_--/_/g; s/[^A-Za-z0-9.=-]/_/g; s/_$//')

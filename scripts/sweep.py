@@ -146,12 +146,15 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
         "--root_log",
         str(root_log),
     ]
-    runs = []
+    runs, settings = [], {}
     for setting, flags in args.settings.items():
         recipe, flags = beside_recipe(flags)
         told = parsed(f"setting {setting}", [*recipe, *fixed])
         own = [*recipe, *fixed, *with_epochs(flags, told.epochs)]
-        parsed(f"setting {setting}", own)
+        told = str(parsed(f"setting {setting}", own))
+        if told in settings:
+            raise Refused(f"settings {settings[told]} and {setting} are the same with these flags; nothing to compare")
+        settings[told] = setting
         for seed in args.seeds:
             name = f"{setting}_seed{seed}"
             train = [*own, "--seed", str(seed), "--run_name", name, "--resume"]

@@ -68,6 +68,13 @@ def test_a_prepared_folder_gives_no_finding_that_must_be_acted_on(tmp_path, monk
     assert report["groups"] == {"many": 1, "medium": 5, "few": 4}
 
 
+def test_signs_that_no_font_has_are_drawn(clean, recwarn):
+    for split in ("train", "val", "test"):
+        (clean / split / "dog").rename(clean / split / "\u72ac")
+    assert audit(clean)[0] == 0
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_broken_files_are_all_listed(clean, capsys):
     whole = (clean / "train/cat/0.jpg").read_bytes()
     (clean / "train/cat/0.jpg").write_bytes(whole[: len(whole) // 2])

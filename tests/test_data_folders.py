@@ -45,6 +45,7 @@ def test_other_files_and_dot_files_are_ignored_and_suffixes_have_any_case(tmp_pa
         ({"test/a": 1}, "has no train/ folder"),
         ({"train/a": 1}, "at least two"),
         ({"train/a": 1, "train/b": 0, "train/c": 0}, r"no images in .*train/b, .*train/c"),
+        ({"train/a": 1, "train/b": 0, "train/b/c": 1}, r"train/b itself but in folders inside"),
         ({"train/a": 1, "train/b": 1, "val/c": 1}, r"val holds classes that train/ lacks: c"),
     ],
 )

@@ -93,6 +93,11 @@ def test_help_says_how_to_call_it_and_what_it_runs(tmp_path, capsys):
     assert "None\n" not in text.split("positional")[0]
 
 
+def test_settings_that_are_the_same_in_so_few_epochs_are_refused_at_once(tmp_path, tiny_dataset, capsys):
+    line = refused(capsys, plan, tmp_path, "ablate_rsg", tiny_dataset, "--", "--epochs", "1")
+    assert line.startswith("settings from_the_start and from_half are the same with these flags")
+
+
 def args_of(runs: list[sweep.Run]) -> dict:
     """What each run is told, by its setting."""
     return {run.name.removesuffix("_seed0"): imagenet_lt_train.parse_args(run.commands[0][2:]) for run in runs}
