@@ -94,6 +94,15 @@ def test_a_published_figure_stands_beside_runs_of_its_imbalance_alone():
     assert [table_of(ledger.page(runs), "cifar_rsg")[0][2][:5] for runs in ([ENTRY], ten)] == ["79.95", "-"]
 
 
+def test_the_order_of_the_ledger_is_that_of_its_rows_and_not_of_the_runs(tmp_path):
+    entries = [other(seed, 0.5, row=row) for row in ("cifar_ce", "cifar_rsg") for seed in (0, 1)]
+    for given in (entries, entries[::-1]):
+        path = tmp_path / "ledger.jsonl"
+        path.write_text("".join(f"{json.dumps(entry)}\n" for entry in given))
+        ledger.add([], path, tmp_path / "ledger.md")
+        assert ledger.read_ledger(path) == entries
+
+
 def test_what_nobody_measured_says_so():
     text = ledger.page([ENTRY])
     assert {cells[3] for name in ("cifar_best", "original") for cells in table_of(text, name)} == {"not measured"}

@@ -14,7 +14,7 @@ from torch import nn
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.compare import what_is_missing
-from engine.run import load_run
+from engine.run import load_run, read_weights
 from scripts import retrain_classifier
 
 BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
@@ -79,6 +79,7 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     for row, rescaled in zip(before["heads.main.weight"], after["heads.main.weight"], strict=True):
         torch.testing.assert_close(rescaled, row / sum(x.item() ** 2 for x in row) ** 0.25)
     assert not after["heads.main.bias"].any()
+    assert (read_weights(parent, "last").epoch, read_weights(run, "last").epoch) == (6, 0)  # of the best ones
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("backbone."))
     retrain(tmp_path, "--method", "tau", "--overwrite")
     record = record_of(run)

@@ -288,17 +288,22 @@ def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys)
 
 
 def test_a_sweep_ends_in_a_comparison_names_what_failed_and_repeats_nothing_that_is_done(
-    tmp_path, tiny_dataset, capsys
+    tmp_path, tiny_dataset, capsys, monkeypatch
 ):
     """Real runs: one setting is good, the other diverges in its first step."""
+    monkeypatch.setattr(
+        sweep, "num_cores", lambda: 8
+    )  # of which two jobs would take four each, but for the user's word
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--arch", "resnet32", "--epochs", "1", "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
-    words = [str(tiny_dataset), "--seeds", "0", "--", *flags]
+    words = [str(tiny_dataset), "--seeds", "0", "--jobs", "2", "--", *flags]
     with pytest.raises(SystemExit) as error:
         sweep.main(sweep.parse_args(["mine", "good --lr 0.01\nbad --lr 1e30", *words]))
     assert error.value.code == 1
     assert "1 of 2 runs failed: bad_seed0 ended with" in capsys.readouterr().err
     good = tmp_path / "mine_tiny_arch-resnet32_epochs-1/good_seed0"
     assert (good.parent / "comparison/comparison.csv").read_text().count("\n") == 2  # names and one setting
+    assert json.loads((good / "args.json").read_text())["threads"] == 1
     page = good.parent / "comparison/comparison.html"
     ours = page.read_text()
     page.write_text("mine")  # a comparison that is refused hides no failure

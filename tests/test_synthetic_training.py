@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import imagenet_lt_test
 import imagenet_lt_train
 from data.build import build_training_loader, read_data
 from data.loaders import Batch, Pixels, TrainingLoader
@@ -99,6 +100,23 @@ def test_weight_0_leaves_the_images_out_and_the_record_says_what_is_in(with_synt
     assert [record["class_counts"] for record in records] == [[8, 5, 3]] * 3 + [[8, 7, 7]]
     assert [record["synthetic_counts"] for record in records[2:]] == [[0, 2, 4]] * 2
     assert "not counted in class counts" in capsys.readouterr().out
+
+
+def test_corrections_of_the_prior_count_synthetic_images_by_their_weight(with_synthetic, tmp_path):
+    flags = "--max_steps 2 --synthetic_weight 0.5 --norm_out False --add_cross_entropy_loss --add_ldam_loss False"
+    run = train(with_synthetic, tmp_path, *flags.split(), "--add_supcon_loss", "False", "--add_rsg", "False")
+
+    def tested(*words: str) -> np.ndarray:
+        imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), *words]))
+        folder = run / ("test_prior_uniform" if "uniform" in words else "test")
+        return np.load(folder / "logits.npz")["logits"]
+
+    plain, prior = tested("--post_hoc"), np.array([8, 5 + 2 / 2, 3 + 4 / 2]) / 19
+    np.testing.assert_allclose(tested("--test_prior", "uniform"), plain - np.log(prior) - np.log(3), atol=1e-9)
+    row = json.loads((run / "test" / "post_hoc.json").read_text())["rows"]["logit_adjustment"]
+    logits, targets = plain - row["tau"] * np.log(prior), np.repeat([0, 1, 2], 3)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert row["nll"] == pytest.approx(-np.log(probabilities[np.arange(9), targets]).mean(), rel=1e-9)
 
 
 def test_a_run_with_synthetic_images_resumes_exactly_and_refuses_others(with_synthetic, tmp_path, capsys):
