@@ -84,11 +84,10 @@ more than 100, 20 to 100, fewer than 20 training images. Head: the fifth of the 
 others. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, of the last epoch or of
 the best one on the test set, which is what much public code reports, on the original images and other draws of the
 tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG (quality 75, colours at half the
-resolution), which loses detail at 32 px; what that costs cannot be measured without the original ones. Beside
-cifar_best they are the best of its size and epochs, reached by other recipes. The first reason of a gap is fewer
-epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. With all 200 epochs cross-entropy,
-LDAM-DRW and LDAM-DRW-RSG stay 5.2, 5.8 and 7.2 points below their figures (n = 1), which points to what they share:
-the images, the draw of the tail, or the training itself; RSG's own gain is 1.6 where its paper has 2.9."""
+resolution), which loses detail at 32 px. Beside cifar_best they are the best of its size and epochs, reached by other
+recipes. The first reason of a gap is fewer epochs than the recipe's; below 60 the CIFAR recipes have no warm-up
+either. What is left of it with all 200 epochs is of about one size in all recipes (n = 1 each), which points to what
+they share: the images, the draw of the tail, or the training itself."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -218,7 +217,7 @@ def page(entries: list[dict]) -> str:
             own = [entry for entry in entries if (entry["data"], entry["row"]) == (data, name)]
             for group in alike(own) or [[]]:
                 text.append(table_row(name, row, group))
-                details += [detail(name, group)] if group else []
+                details += [detail(name, row, group)] if group else []
         text += ["", *details] if details else []
     return "\n".join(text) + "\n"
 
@@ -233,8 +232,7 @@ def alike(entries: list[dict]) -> list[list[dict]]:
 
 
 def table_row(name: str, row: Row, runs: list[dict]) -> str:
-    comparable = not runs or round(runs[0]["imbalance"]) == PUBLISHED_IMBALANCE
-    cells = [name, row.what, row.published if row.published and comparable else "-"]
+    cells = [name, row.what, published(row, runs) or "-"]
     cells[1] += f"; `{changes(runs[0])}`" if runs and changes(runs[0]) else ""
     if not runs:
         return f"| {' | '.join([*cells, 'not measured', *5 * ['']])} |"
@@ -248,13 +246,18 @@ def table_row(name: str, row: Row, runs: list[dict]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def published(row: Row, runs: list[dict]) -> str:
+    """The published figure where it is of the runs' imbalance, and its source."""
+    return row.published if not runs or round(runs[0]["imbalance"]) == PUBLISHED_IMBALANCE else ""
+
+
 def percent(values: list[float]) -> str:
     """Mean and, of several, sample standard deviation."""
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def detail(name: str, runs: list[dict]) -> str:
+def detail(name: str, row: Row, runs: list[dict]) -> str:
     """What else there is to say of a row of the table."""
     seeds = ", ".join(f"{100 * run['last']['balanced_accuracy']:.2f} (seed {run['seed']})" for run in runs)
     seconds = statistics.mean(run["seconds_per_epoch"] for run in runs)
@@ -262,8 +265,12 @@ def detail(name: str, runs: list[dict]) -> str:
     versions = {f"torch {run['torch']}" for run in runs}
     place = ", ".join([*sorted(threads), runs[0]["hardware"], runs[0]["precision"], *sorted(versions)])
     commits = {str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs}
+    gap = ""
+    if known := published(row, runs):
+        mean = statistics.mean(100 * run["last"]["balanced_accuracy"] for run in runs)
+        gap = f", {mean - float(known.split(',')[0]):+.1f} against the published figure"
     return (
-        f"- {name}, {runs[0]['epochs']} epochs: {seeds}; `{without_seed(runs[0]['command'])}`; "
+        f"- {name}, {runs[0]['epochs']} epochs: {seeds}{gap}; `{without_seed(runs[0]['command'])}`; "
         f"split {runs[0]['split']}, imbalance {runs[0]['imbalance']:.3g}; {runs[0]['parameters'] / 1e6:.2f} M "
         f"parameters; {seconds:.0f} s an epoch; {place}; commit {', '.join(sorted(commits))}"
     )

@@ -92,6 +92,9 @@ def test_a_row_that_is_measured_on_other_data_is_shown_without_a_published_figur
 def test_a_published_figure_stands_beside_runs_of_its_imbalance_alone():
     ten = [other(seed, 0.5, imbalance=10.0) for seed in (0, 1)]
     assert [table_of(ledger.page(runs), "cifar_rsg")[0][2][:5] for runs in ([ENTRY], ten)] == ["79.95", "-"]
+    near = [other(seed, value, row="cifar_ce") for seed, value in enumerate((0.69, 0.7))]
+    assert "70.00 (seed 1), -0.9 against the published figure;" in ledger.page(near)  # 70.4
+    assert "against" not in ledger.page(ten)
 
 
 def test_the_order_of_the_ledger_is_that_of_its_rows_and_not_of_the_runs(tmp_path):
