@@ -38,7 +38,7 @@ FIGURES = {  # key of metrics.json: its name for people, in the order of the pag
     "brier": "Brier score, 0 to 2",
 }
 NO_PERCENTAGE = ("nll", "brier")
-ELSEWHERE = ("flags", "classes", "class_counts", "readable_names", "synthetic_counts", "objective", "versions")
+ELSEWHERE = ("flags", "classes", "class_counts", "readable_names", "synthetic_counts", "objective")
 MATRIX_CLASSES = 100  # more are not drawn: the cells would be smaller than a pixel on a phone
 LABELLED_CLASSES = 30  # with names below the bars
 PAIRS, PAIR_IMAGES, MISTAKES = 12, 4, 21
@@ -248,13 +248,14 @@ def about(result: dict, record: dict) -> dict[str, str]:
         "split hash of the test": result["split_hash"],
         f"SHA-256 of {result['weights']}.safetensors": result["weights_hash"],
         **{key.replace("_", " "): plain_text(value) for key, value in record.items() if key not in ELSEWHERE},
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
     }
 
 
 def plain_text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain_text, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain_text(each)}" for name, each in value.items())
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

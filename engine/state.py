@@ -92,6 +92,8 @@ def read_state(folder: Path, device: torch.device, quiet: bool = False) -> dict 
                 if trouble and not quiet:
                     warn(f"{trouble}; going on from {path}")
                 return content
+            except (OSError, torch.OutOfMemoryError):
+                raise  # says nothing of the file's content
             except Exception:  # truncated archives and foreign pickles share no base class
                 trouble = trouble or f"{path} cannot be used: it is damaged, or no state that a training has saved"
     if trouble:

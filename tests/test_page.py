@@ -359,6 +359,9 @@ def test_the_page_says_how_to_do_it_again(tmp_path):
     changed = re.findall(r'class="set"><dt>(\w+)</dt><dd>(.*?)</dd>', page.source)
     assert changed == [("data_dir", "some folder"), ("add_rsg", "False")]
     assert all(text in page.text for text in ("ab12", "cd34", "torch 2.14", "bit for bit with 2 threads"))
+    resumed, _ = write(tmp_path / "resumed", **FOUR, resumed=[{"epoch": 3, "threads": 1}])
+    assert "bit for bit" not in resumed.text
+    assert "epoch 3, threads 1" in resumed.text
 
 
 def test_the_test_script_writes_the_page_beside_its_files(tmp_path, tiny_dataset):
