@@ -4,6 +4,7 @@ python imagenet_lt_test.py --model_dir quickstart
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from data.folders import ImageFolders, split_hash
 from engine import distributed, metrics, post_hoc, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
+from engine.files import read_json
 from engine.flags import command_line
 from engine.options import check_evaluation_flags, evaluation_parser
 from engine.predictor import Predictor
@@ -65,10 +67,11 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     else:
         last = Predictor(args, run, predictor.device, "last")
         result["last"] = metrics.summary(last(loader, "testing")[0], targets, counts, groups) | {"epoch": last.epoch}
-    if args.data_dir is None and result["split_hash"] != record["split_hash"]:
+    if args.data_dir is None and args.list_dir is None and result["split_hash"] != record["split_hash"]:
         warn(f"{folders.root} no longer holds the images that the run was trained with")
 
-    folder = run / f"{args.split}{predictor.suffix()}{own_suffix(args, folders, result, record)}"
+    folder = run / f"{args.split}{predictor.suffix()}"
+    folder = folder.with_name(folder.name + own_suffix(args, folder, folders, result, record))
     if distributed.is_main():
         command = command_line("imagenet_lt_test.py", vars(args), vars(parse_args([])))
         shown = features if args.plot_features else None
@@ -81,11 +84,14 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     return result
 
 
-def own_suffix(args: argparse.Namespace, folders: ImageFolders, result: dict, record: dict) -> str:
-    """What tells the files of a test on other images or groups from those of the run's own, which comparisons read."""
+def own_suffix(args: argparse.Namespace, folder: Path, folders: ImageFolders, result: dict, record: dict) -> str:
+    """What tells the files of a test on other images or groups from those of the run's own in ``folder``, which
+    comparisons read."""
     suffix = ""
-    if (args.data_dir or args.list_dir) and result["split_hash"] != record["split_hash"]:
-        suffix = f"_{folders.root.resolve().name}-{result['split_hash'][:8]}"
+    if result["split_hash"] != record["split_hash"]:
+        earlier = read_json(folder / "metrics.json", default={}).get("split_hash", result["split_hash"])
+        if args.data_dir or args.list_dir or earlier != result["split_hash"]:
+            suffix = f"_{folders.root.resolve().name}-{result['split_hash'][:8]}"
     if args.shot_thresholds != [metrics.MANY, metrics.FEW]:
         suffix += "_shots_{}_{}".format(*args.shot_thresholds)
     return suffix

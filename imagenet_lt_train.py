@@ -105,8 +105,8 @@ def main(args: argparse.Namespace) -> None:
             run.check_unchanged()
         saved = read_state(run.path, device) if run.record else None
         if saved:
-            run.check_same_start(record)
             state.load(saved)
+            run.check_same_start(record, state.epoch, state.step)
             if run.holds_weights_of(state.epoch):
                 state.best = None  # is overwritten; the epoch that did it is repeated
         if distributed.is_main():

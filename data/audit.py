@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from data.duplicates import exact_duplicates, near_duplicates
 from data.folders import hash_of_lines
-from data.images import read_image
+from data.images import open_image, read_image
 from data.listing import ACT, HINT, NOTE, Finding, Listing, listing_findings
 from engine.errors import Refused
 from engine.files import read_json
 from engine.metrics import FEW, MANY, shot_groups
+
+AGAIN = "prepare the folder again with --overwrite"
 
 
 def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding], dict]:
@@ -24,8 +26,8 @@ def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding],
     names = list(found.names)
     inspected = inspect_all(list(found.names.values()), workers)
     findings = listing_findings(found)
-    findings += unreadable_findings(found.root, inspected)
-    findings += record_findings(found.root, names, inspected)
+    changed = record_findings(found.root, names, inspected)
+    findings += unreadable_findings(found.root, inspected, came_broken=not changed) + changed
     findings += duplicate_findings(names, inspected)
     findings += near_duplicate_findings(names, inspected, near_limit)
     findings.sort(key=lambda finding: (ACT, NOTE, HINT).index(finding.level))
@@ -46,7 +48,7 @@ def inspect(path: Path) -> Inspected:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         grey = read_image(path, at_least=32).convert("L").resize((32, 32), Image.Resampling.BOX)
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
     except (OSError, Refused) as error:
         return Inspected(digest, error=str(error))
@@ -58,10 +60,11 @@ def inspect_all(paths: list[Path], workers: int) -> list[Inspected]:
         return list(tqdm(pool.map(inspect, paths), "reading", len(paths), unit="image", disable=None, leave=False))
 
 
-def unreadable_findings(root: Path, inspected: list[Inspected]) -> list[Finding]:
+def unreadable_findings(root: Path, inspected: list[Inspected], came_broken: bool) -> list[Finding]:
     errors = [image.error.removeprefix(f"{root}/") for image in inspected if image.error]
-    prepared = "; they come from where the folder was prepared from: mend them there, and prepare it again"
-    remedy = prepared if (root / "split.json").is_file() else ""
+    remedy = ""
+    if came_broken and (root / "split.json").is_file():
+        remedy = f"; they came so from where the folder was prepared from: mend them there, then {AGAIN}"
     return [Finding(ACT, f"{len(errors)} file(s) that cannot be read{remedy}", errors)] if errors else []
 
 
@@ -74,10 +77,21 @@ def record_findings(root: Path, names: list[str], inspected: list[Inspected]) ->
     changed = [f"{name}: added" for name in names if name not in listed]
     changed += [f"{name}: missing" for name in sorted(listed - set(names))]
     if changed:
-        return [Finding(ACT, f"{len(changed)} image(s) differ from split.json; prepare the folder again", changed)]
+        return [
+            Finding(
+                ACT,
+                f"{len(changed)} image(s) differ from split.json; {AGAIN}",
+                changed,
+            )
+        ]
     digest = hash_of_lines(f"{name} {image.digest}" for name, image in zip(names, inspected, strict=True))
     if digest != record.get("hash") and all(image.digest for image in inspected):
-        return [Finding(ACT, "the content of images differs from the hash in split.json; prepare the folder again")]
+        return [
+            Finding(
+                ACT,
+                f"the content of images differs from the hash in split.json; {AGAIN}",
+            )
+        ]
     return []
 
 

@@ -19,7 +19,9 @@ def summary_lines(root: Path, findings: list[Finding], figures: dict) -> list[st
     lines = [f"{root}: " + ", ".join(f"{split} {count} images" for split, count in figures["images"].items())]
     if figures["image_sizes"]:
         smallest, largest = ("x".join(map(str, figures["image_sizes"][end])) for end in ("smallest", "largest"))
-        lines.append(f"image sizes  {smallest} to {largest} px, {figures['image_sizes']['different']} different")
+        different = figures["image_sizes"]["different"]
+        sizes = f"{smallest} to {largest} px, {different} different" if different > 1 else f"{smallest} px, all alike"
+        lines.append(f"image sizes  {sizes}")
     if "classes" in figures:
         lines += distribution_lines(figures)
     for finding in findings:

@@ -15,17 +15,24 @@ from data.synthesis import read_kept_images
 from engine import distributed
 from engine.console import warn
 from engine.errors import Refused
-from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
+from engine.flags import add_switch, epoch_or_share, given_path, number_in, resolved_epoch
 from engine.hardware import num_cores
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data_dir", type=Path, default=Path("data/mini-ImageNet"), metavar="DIR", help="holds train/, val/, test/"
+        "--data_dir",
+        type=given_path,
+        default=Path("data/mini-ImageNet"),
+        metavar="DIR",
+        help="holds train/, val/, test/",
     )
     group.add_argument(
-        "--list_dir", type=Path, metavar="DIR", help="holds train.txt, val.txt, test.txt of `path label` lines to use"
+        "--list_dir",
+        type=given_path,
+        metavar="DIR",
+        help="holds train.txt, val.txt, test.txt of `path label` lines to use",
     )
     group.add_argument(
         "--cls_num", type=number_in(2, kind=int), metavar="C", help="expected number of classes; default: the folder's"
@@ -65,7 +72,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--synthetic_dir",
-        type=Path,
+        type=given_path,
         metavar="DIR",
         help="of scripts/synthesize_tail.py; default: synthetic/ in the data",
     )
@@ -93,8 +100,8 @@ def check_data_flags(args: argparse.Namespace) -> list[str]:
         warnings.append("--drs_epoch changes nothing: --sampler uniform is in force before it, too")
     if args.drs_epoch is not None and resolved_epoch(args, "drs_epoch") >= args.epochs:
         warnings.append(f"DRS never begins: --drs_epoch {args.drs_epoch}, but the last epoch is {args.epochs - 1}")
-    if not args.synthetic_weight and (args.count_synthetic or args.synthetic_dir):
-        warnings.append("--count_synthetic and --synthetic_dir change nothing: --synthetic_weight is 0")
+    idle = [name for name in ("count_synthetic", "synthetic_dir") if getattr(args, name) and not args.synthetic_weight]
+    warnings += [f"--{name} changes nothing: --synthetic_weight is 0" for name in idle]
     return warnings
 
 

@@ -28,6 +28,8 @@ def read_class_folders(root: Path) -> dict[str, Classes]:
         raise Refused(
             f"{root / odd[0]} has a name that is not used here; the splits are train/, val/ and test/: rename it"
         )
+    if names and set(names) < set(SPLITS) and "train" not in names:
+        raise Refused(f"{root} has {names[0]}/ but no train/ folder; add one, or name classes otherwise")
     if "train" not in names:
         return {"train": read_classes(root)}
     return {split: read_classes(root / split) for split in SPLITS if (root / split).is_dir()}

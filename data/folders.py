@@ -107,10 +107,11 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
 
 def without_images(folders: list[Path]) -> Refused:
     """What to say of class folders that hold no image themselves."""
-    names = ", ".join(map(str, folders))
-    if any(image_files(inner) for folder in folders for inner in folder.rglob("*/")):
-        return Refused(f"no images in {names} itself but in folders inside, which are not read; move them up")
-    return Refused(f"no images in {names}; add some or remove the folder")
+    for folder in folders:
+        for inner in folder.rglob("*/"):
+            if image_files(inner) and not any(part.startswith(".") for part in inner.relative_to(folder).parts):
+                return Refused(f"no images in {folder} itself but in {inner}, which is not read; move them up")
+    return Refused(f"no images in {', '.join(map(str, folders))}; add some or remove the folder")
 
 
 def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: list[str]) -> ImageFolders:
@@ -159,10 +160,15 @@ def read_split(directory: Path, classes: list[str]) -> Split:
 
 
 def image_files(directory: Path) -> list[Path]:
-    """Image files directly in ``directory``, sorted by name; dot files are ignored."""
-    return sorted(
-        path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
+    """Image files directly in ``directory``, sorted by name. Dot files are ignored, and what is no file: a pipe would
+    be waited for. A link that leads nowhere is an image that cannot be read."""
+    with os.scandir(directory) as entries:
+        return sorted(
+            directory / entry.name
+            for entry in entries
+            if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
+            if entry.is_file() or not Path(entry).exists()
+        )
 
 
 def read_about(root: Path) -> dict:

@@ -12,6 +12,13 @@ from engine.errors import Refused
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89,478,485: an RGB image of 256 MiB
 # Pillow warns from there on and raises from twice as many; `read_image` refuses from the first, in one line.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # names no file; the pixels may be whole
+
+
+def open_image(path: Path) -> Image.Image:
+    """Pillow's image of which only the header is read. EPS is no format here: Ghostscript, a program, would read it."""
+    Image.init()
+    return Image.open(path, formats=sorted(Image.OPEN.keys() - {"EPS"}))
 
 
 def read_image(path: Path, at_least: int | None = None) -> Image.Image:
@@ -21,7 +28,7 @@ def read_image(path: Path, at_least: int | None = None) -> Image.Image:
     pixels: several times faster, and a truncated file is found all the same.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if at_least is not None:
@@ -32,6 +39,8 @@ def read_image(path: Path, at_least: int | None = None) -> Image.Image:
         raise Refused(
             f"{path} has more than {MAX_PIXELS:,} pixels: a decompression bomb; remove the file or make it smaller"
         ) from None
+    except MemoryError:
+        raise  # the file may be whole
     except Exception as error:  # decoders of malformed files raise OSError, SyntaxError, ValueError, struct.error ...
         reason = "it is no image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise Refused(f"{path} cannot be read ({reason}); replace or remove the file") from None

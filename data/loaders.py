@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import transforms
 from data.augment import POLICIES, Policy
 from data.folders import Split
-from data.images import read_image
+from data.images import MAX_PIXELS, open_image, read_image
 from data.samplers import batch_bounds, epoch_draws, epoch_mixings, epoch_order, policy_draws
 from engine import distributed
 from engine.errors import Failed, Refused
@@ -292,6 +292,7 @@ class DecodedImages:
 
     def __init__(self, paths: list[Path], workers: int):
         sizes = torch.tensor([image_size(path) or (0, 0) for path in paths])
+        sizes[sizes.prod(dim=1) > MAX_PIXELS] = 0  # is refused when it is read
         self.ends = (3 * sizes.prod(dim=1)).cumsum(0)
         self.shapes = torch.empty(len(paths), 2, dtype=torch.int64)  # height, width as seen: a turned image's differ
         self.block = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()
@@ -394,7 +395,7 @@ def own_size(paths: list[Path], largest: int = 96) -> int | None:
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height in px from the file's header; None where there is none: decoding will tell why."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except Exception:  # decoders raise what they like
         return None

@@ -37,6 +37,8 @@ def publish(
         for image in images
     }
     refuse_names_of_paths(drawn)
+    if len(drawn["train"]) < 2:
+        raise Refused(f"there is one class, {next(iter(drawn['train']))}; a classifier needs at least two")
     if output.exists():
         if holds_exactly(output, files):
             return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}"

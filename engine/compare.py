@@ -75,18 +75,19 @@ def what_is_missing(folder: Path) -> str | None:
 def read_run(folder: Path) -> Run:
     """A run that misses nothing; `Refused` when its metrics are not those of its predictions."""
     record, rows, test = read_record(folder), read_log(folder), folder / "test"
-    result = read_json(test / "metrics.json")
+    result, counts = read_json(test / "metrics.json"), record["class_counts"]
     try:
         with np.load(test / "logits.npz") as content:
-            targets, predicted = content["targets"], content["logits"].argmax(axis=1)
+            targets, logits = content["targets"], content["logits"]
         with (test / "predictions.csv").open(newline="", errors="surrogateescape") as file:
             files = [row["file"] for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise Refused(f"what {test} holds cannot be read ({error}); test the run again") from None
-    counts = record["class_counts"]
-    recall = per_class(confusion_matrix(targets, predicted, len(counts)))[0]
-    means = {"balanced_accuracy": float(np.nanmean(recall)), **group_means(recall, shot_groups(counts))}
-    if len(files) != len(targets) or any(abs(result.get(name, -1) - mean) > 1e-9 for name, mean in means.items()):
+        recall = per_class(confusion_matrix(targets, logits.argmax(axis=1), len(counts)))[0]
+        means = {"balanced_accuracy": float(np.nanmean(recall)), **group_means(recall, shot_groups(counts))}
+        is_same = all(abs(result.get(name, -1) - mean) <= 1e-9 for name, mean in means.items())
+        is_same &= len(files) == len(targets) and bool(np.isfinite(logits).all())
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
+        raise Refused(f"what {test} holds is damaged; test the run again") from None
+    if not is_same:
         raise Refused(
             f"{test / 'metrics.json'} is not what logits.npz beside it gives with the default --shot_thresholds; "
             f"test the run again"
@@ -96,7 +97,7 @@ def read_run(folder: Path) -> Run:
     measures["parameters"] = record["parameters"]
     measures["seconds_per_epoch"] = float(np.mean([row["seconds"] for row in rows]))
     measures["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
-    return Run(folder, record, result, measures, files, targets, predicted == targets)
+    return Run(folder, record, result, measures, files, targets, logits.argmax(axis=1) == targets)
 
 
 def check_same_splits(runs: Sequence[Run]) -> None:

@@ -42,12 +42,18 @@ def one_line_errors(main: Callable) -> Callable:
     return wrapped
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Python's, numpy's, or torch's on a GPU or a CPU, whose classes a script that does without torch need not load."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error))
+    )
+
+
 def _sentence(error: Exception) -> str:
     """What a user can do something about; any other `RuntimeError` is a defect and goes on as it is."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which scripts that do without torch need not load
-        return f"{str(error).splitlines()[0]} Try a smaller --batch_size, or --accumulate_steps"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # numpy's, torch's on a CPU
-        return "out of memory; try a smaller --batch_size or smaller images, or --accumulate_steps"
+    if is_out_of_memory(error):
+        return "out of memory; try a smaller --batch_size, --cache_limit or image size, or less of what else was set"
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):

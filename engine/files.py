@@ -67,7 +67,7 @@ def read_json(path: Path, default: dict | None = None) -> dict:
         return default
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON ({error}); mend it or remove it") from None
     if not isinstance(content, dict):
         raise Refused(f"{path} holds no JSON object; mend it or remove it")

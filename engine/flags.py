@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 SWITCH_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -50,6 +51,13 @@ def switch(word: str) -> bool:
 def add_switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, help: str) -> None:
     """``--flag``, ``--flag True``, ``--flag false``, ``--flag 0``."""
     group.add_argument(flag, type=switch, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
+
+def given_path(word: str) -> Path:
+    """A path; an empty word, which pathlib takes for the current folder, is a variable that was not set."""
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(word)
 
 
 def epoch_or_share(low: int) -> Callable:

@@ -18,7 +18,9 @@ SCHEDULES = ("exponential", "step", "cosine", "constant")
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
     positive, fraction = number_in(0, open_low=True), number_in(0, 1)
-    group.add_argument("--epochs", type=number_in(1, kind=int), default=20, help="passes over the training images")
+    group.add_argument(
+        "--epochs", type=number_in(1, 10**9, kind=int), default=20, help="passes over the training images"
+    )
     group.add_argument(
         "-b", "--batch_size", "--batch-size", type=number_in(2, kind=int), default=32, help="images, over all processes"
     )
@@ -77,11 +79,12 @@ def check_average(args: argparse.Namespace, num_batches: int) -> list[str]:
     if args.ema_decay is None or args.max_steps is not None:
         return []
     updates = (args.epochs - args.start_epoch) * math.ceil(num_batches / args.accumulate_steps)
-    if (first := args.ema_decay**updates) < 0.01:
+    first = args.ema_decay ** (updates - 1)  # the average begins with the weights after the first update
+    if updates == 1 or first < 0.01:
         return []
     return [
         f"after {updates} updates --ema_decay {args.ema_decay:g} leaves {first:.0%} of the first weights in what is "
-        f"judged and saved; {0.01 ** (1 / updates):.4g} leaves 1 %"
+        f"judged and saved; {0.01 ** (1 / (updates - 1)):.4g} leaves 1 %"
     ]
 
 

@@ -9,7 +9,7 @@ from data.loaders import CACHE_LIMIT
 from engine import metrics
 from engine.errors import Refused
 from engine.evaluate import PREDICT_WITH
-from engine.flags import Parser, add_switch, number_in
+from engine.flags import Parser, add_switch, given_path, number_in
 from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
 from losses import CLASSIFICATION_LOSSES, add_loss_flags, uses_class_balanced_weights
@@ -33,9 +33,11 @@ def train_parser(description: str = "") -> Parser:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--root_model", type=Path, default=Path("checkpoint"), metavar="DIR", help="where run folders lie"
+        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where run folders lie"
     )
-    group.add_argument("--root_log", type=Path, default=Path("log"), metavar="DIR", help="where TensorBoard events lie")
+    group.add_argument(
+        "--root_log", type=given_path, default=Path("log"), metavar="DIR", help="where TensorBoard events lie"
+    )
     group.add_argument("--run_name", metavar="NAME", help="of the run folder; default: made from data, arch and losses")
     group.add_argument("--seed", type=number_in(0, 2**31, kind=int), help="default: drawn, printed and recorded")
     group.add_argument("--start_epoch", "--start-epoch", type=number_in(0, kind=int), default=0, help="of a fresh run")
@@ -103,10 +105,10 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run and images")
     group.add_argument("--model_dir", default=ORIGINAL_RUN, metavar="RUN", help="a run's folder, or its name")
     group.add_argument(
-        "--root_model", type=Path, default=Path("checkpoint"), metavar="DIR", help="where names are found"
+        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found"
     )
-    group.add_argument("--data_dir", type=Path, metavar="DIR", help="default: the run's own")
-    group.add_argument("--list_dir", type=Path, metavar="DIR", help="image lists in place of folders")
+    group.add_argument("--data_dir", type=given_path, metavar="DIR", help="default: the run's own")
+    group.add_argument("--list_dir", type=given_path, metavar="DIR", help="image lists in place of folders")
     group.add_argument("--split", choices=SPLITS, default="test", help="which images")
     group.add_argument("--weights", choices=("best", "last"), help="default: best, or last where none was selected")
     group.add_argument(
@@ -120,7 +122,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     """What is made of the model's logits."""
     group = parser.add_argument_group("answer")
     group.add_argument(
-        "--images", type=Path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
+        "--images", type=given_path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
     )
     group.add_argument(
         "--test_prior",

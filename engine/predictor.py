@@ -45,9 +45,9 @@ class Predictor:
             raise Refused(
                 f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
             )
-        if args.test_prior and "tau" in self.record:
+        if args.test_prior is not None and "tau" in self.record:
             raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
-        self.test_prior = args.test_prior and read_prior(args.test_prior, classes, counts)
+        self.test_prior = None if args.test_prior is None else read_prior(args.test_prior, classes, counts)
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
         self.model_prior = None
         if self.test_prior is not None:

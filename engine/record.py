@@ -2,11 +2,14 @@
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import math
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from data.folders import ImageFolders, split_hash, synthetic_hash
 from data.loaders import Pixels
 from engine import distributed, files
 from engine.errors import Refused
-from engine.flags import resolved_epoch
+from engine.flags import command_line, resolved_epoch
 from engine.hardware import hardware
 from engine.optim import center_lr_limit
 from engine.options import train_parser
@@ -27,6 +30,7 @@ from rsg import generates
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "safetensors")
 CIRCUMSTANCES = ("precision", "channels_last", "device", "hardware", "threads", "processes", "commit")
+NOT_DOCS = ":(top,exclude)docs"  # as git names it: the ledger writes there between the runs that it is made of
 REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "mean", "std", "split_hash", "seed"}
 
 
@@ -98,12 +102,51 @@ def check_start(args: argparse.Namespace, pixels: Pixels) -> list[str]:
 
 
 def read_record(folder: Path) -> dict:
-    """args.json of a run; flags that came after it have their defaults."""
-    record = files.read_json(folder / "args.json")
+    """args.json of a run; flags that came after it have their defaults. `Refused` when it says what no run says."""
+    path = folder / "args.json"
+    record = files.read_json(path)
     if missing := REQUIRED - record.keys():
-        raise Refused(f"{folder / 'args.json'} is no record of a run: it lacks {', '.join(sorted(missing))}")
+        raise Refused(f"{path} is no record of a run: it lacks {', '.join(sorted(missing))}")
+    if wrong := [name for name, is_sound in _soundness(record).items() if not is_sound]:
+        raise Refused(f"{path} is damaged: no run has these {', '.join(wrong)}; put a copy in its place")
     record["flags"] = plain_flags(train_parser().parse_args([])) | record["flags"]
     return record
+
+
+def _soundness(record: dict) -> dict[str, bool]:
+    """Whether each entry that others build on is what a run has written."""
+
+    def is_list(name: str, kind: type, low: float = -math.inf) -> bool:
+        value = record[name]
+        return isinstance(value, list) and all(
+            isinstance(each, kind) and (kind is str or low < each < math.inf) for each in value
+        )
+
+    number = len(record["classes"]) if is_list("classes", str) else 0
+    return {
+        "flags": isinstance(record["flags"], dict) and _are_flags(record["flags"]),
+        "classes": number > 1,
+        "class_counts": is_list("class_counts", int, low=0) and len(record["class_counts"]) == number,
+        "readable_names": is_list("readable_names", str) and len(record["readable_names"]) == number,
+        "img_size": isinstance(record["img_size"], int) and 0 < record["img_size"] < 2**16,
+        "mean": is_list("mean", float | int) and len(record["mean"]) == 3,
+        "std": is_list("std", float | int, low=0) and len(record["std"]) == 3,
+        "versions": isinstance(record.get("versions", {}), dict),
+    }
+
+
+def _are_flags(flags: dict) -> bool:
+    """Whether the train script takes those of ``flags`` that it knows."""
+    parser = train_parser()
+    defaults = plain_flags(parser.parse_args([]))
+    known = {name: value for name, value in flags.items() if name in defaults}
+    if any(value is None and defaults[name] is not None for name, value in known.items()):
+        return False
+    words = command_line("", known, defaults)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        parser.parse_args(shlex.split(words)[2:])
+        return True
+    return False
 
 
 def circumstances(record: dict) -> dict:
@@ -112,9 +155,9 @@ def circumstances(record: dict) -> dict:
 
 
 def sessions(record: dict) -> list[dict]:
-    """The record as it was in force from the run's start, and from each time on that it went on under other
-    circumstances: ``resumed`` holds the epochs and what changed."""
-    states = [record]
+    """The `circumstances` from the run's start, and from each time on that it went on under others: ``resumed`` holds
+    epoch, step and what changed."""
+    states = [circumstances(record)]
     for change in record.get("resumed", []):
         states.append(states[-1] | change)
     return states
@@ -151,18 +194,24 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def code_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The checkout's commit, with ``-dirty`` when tracked files differ from it; None outside a checkout.
-
-    docs/ does not count: the ledger writes there between the runs that it is made of.
-    """
+    """The checkout's commit, ``-dirty`` where tracked files outside docs/ differ from it; None outside a checkout."""
     git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        diff = [*git, "diff", "--quiet", "HEAD", "--", ":(top,exclude)docs"]
+        diff = [*git, "diff", "--quiet", "HEAD", "--", NOT_DOCS]
         changed = subprocess.run(diff, check=False, capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("-dirty" if changed else "")
+
+
+def same_code(commit: str | None, other: str | None, folder: Path = Path(__file__).parent) -> bool:
+    """Whether two commits of this checkout differ in docs/ at most; not where one is ``-dirty`` or unknown here."""
+    git = ["git", "-C", str(folder), "diff", "--quiet", str(commit), str(other), "--", NOT_DOCS]
+    try:
+        return commit == other or subprocess.run(git, check=False, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
@@ -200,6 +249,7 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
     if str(build_objective(args, folders.class_counts, epoch=0)) != record["objective"]:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:
+        # halving, not walking: there is no limit to the epochs
         first = bisect.bisect(range(args.epochs), False, key=lambda epoch: generates(args, epoch))
         if record["center_lr_limit"] is not None and record["center_lr_limit"] < args.lr:
             lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")

@@ -21,7 +21,7 @@ from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Failed, Refused
 from engine.flags import command_line
-from engine.record import circumstances, plain_flags, read_log, read_record
+from engine.record import circumstances, plain_flags, read_log, read_record, same_code, sessions
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss
@@ -43,6 +43,7 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
     "add_sphere_loss": "sphere",
 }
 IN_EPOCHS = {"drw_epoch", "drs_epoch", "epoch_thresh", "warmup_epochs"}  # 1 is an epoch, 1.0 all of them
+LONGEST_NAME = 200  # bytes of a folder's: files beside it add to it, and 255 is what file systems take
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
 HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
 REPORTS = [
@@ -58,6 +59,8 @@ def run_name(args: argparse.Namespace) -> str:
     if args.run_name:
         if Path(args.run_name).name != args.run_name or args.run_name == "..":
             raise Refused(f"--run_name {args.run_name} is no plain name; --root_model says where run folders lie")
+        if len(os.fsencode(args.run_name)) > LONGEST_NAME:
+            raise Refused(f"--run_name {args.run_name[:20]}... is longer than {LONGEST_NAME} bytes; give a shorter one")
         return args.run_name
     parts = ["ImageNet_LT", args.data_dir.absolute().name, args.arch]
     parts += [part for flag, part in NAME_PARTS.items() if getattr(args, flag)]
@@ -79,7 +82,7 @@ class RunFolder:
         self.events = args.root_log / run_name(args)  # for TensorBoard
         self.had_run = (self.path / "args.json").exists()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        self.record, self.changed = None, {}  # changed: circumstances that are not those of the run so far
+        self.record = None
         if self.had_run and (restarted or not args.overwrite):
             if not args.resume and not restarted:
                 raise Refused(
@@ -123,14 +126,16 @@ class RunFolder:
     def refuse_to_lose(self) -> None:
         """`Refused` when no state is left but more than a kill in the first epoch leaves: a fresh start deletes it."""
         trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last").epoch + 1
-        if trained >= min(2, self.record["flags"]["epochs"]) or len(read_log(self.path)) > 1:
+        tested = any(True for pattern in REPORTS for _ in self.path.glob(pattern))
+        if tested or trained >= min(2, self.record["flags"]["epochs"]) or len(read_log(self.path)) > 1:
             raise Refused(
                 f"{self.path} holds a trained model but no state.pt to go on from; --overwrite trains anew in its "
                 f"place, --run_name elsewhere"
             )
 
-    def check_same_start(self, record: dict) -> None:
-        """`Refused` for other images; a warning about other circumstances, which `begin` records."""
+    def check_same_start(self, record: dict, epoch: int, step: int) -> None:
+        """`Refused` for other images; a warning about other circumstances, which `begin` records, from ``step`` of
+        ``epoch`` on."""
         if record["split_hash"] != self.record["split_hash"]:
             raise Refused(
                 f"the images in {record['flags']['data_dir']} are not those that {self.path} was started with "
@@ -146,13 +151,17 @@ class RunFolder:
                 f"dataset.json says now that images are {'' if record['mirrored'] else 'not '}to be mirrored, other "
                 f"than when {self.path} was started; set its hflip back"
             )
-        begun, now = circumstances(self.record), circumstances(record)
-        for change in self.record.get("resumed", []):
-            begun |= change
-        self.changed = {name: value for name, value in now.items() if begun.get(name, value) != value}
-        if self.changed:
-            changes = ", ".join(f"{name} {value} (before: {begun[name]})" for name, value in self.changed.items())
+        earlier = self.record.pop("resumed", [])  # of those that ended before they saved anything nothing is left
+        resumed = [change for change in earlier if (change["epoch"], change["step"]) < (epoch, step)]
+        begun, now = sessions(self.record | {"resumed": resumed})[-1], circumstances(record)
+        changed = {name: value for name, value in now.items() if begun.get(name, value) != value}
+        if "commit" in changed and same_code(begun["commit"], now["commit"]):
+            del changed["commit"]
+        if changed:
+            changes = ", ".join(f"{name} {value} (before: {begun[name]})" for name, value in changed.items())
             warn(f"{self.path} goes on under other circumstances, the result may be that of neither: {changes}")
+            resumed.append({"epoch": epoch, "step": step} | changed)
+        self.record |= {"resumed": resumed} if resumed else {}
 
     def holds_weights_of(self, epoch: int) -> bool:
         """Whether the best weights are of ``epoch`` or a later one: a kill came between weights and state."""
@@ -173,9 +182,8 @@ class RunFolder:
             for path in [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]:
                 path.unlink()
             files.write_json(self.path / "args.json", record)
-        elif self.changed:
-            resumed = [*self.record.get("resumed", []), {"epoch": epoch} | self.changed]
-            files.write_json(self.path / "args.json", self.record | {"resumed": resumed})
+        elif read_record(self.path) != self.record:
+            files.write_json(self.path / "args.json", self.record)
         rows = [row for row in read_log(self.path) if row["epoch"] < epoch]
         content = "".join(f"{json.dumps(row)}\n" for row in rows)
         files.write_atomically(self.path / "log.jsonl", lambda file: file.write(content.encode()))
@@ -262,7 +270,9 @@ def read_weights(folder: Path, weights: str) -> Weights:
         epoch = int(header["__metadata__"]["epoch"])  # which safetensors gives of a path only, not of bytes
         return Weights(safetensors.torch.load(content), epoch, hashlib.sha256(content).hexdigest())
     except Exception as error:  # SafetensorError is not public
-        raise Refused(f"{path} cannot be read: {error!r:.200}") from None
+        raise Refused(
+            f"{path} cannot be read ({error!r:.200}); put a copy in its place, or train anew with --overwrite"
+        ) from None
 
 
 def load_run(folder: Path | str, weights: str | None = None) -> tuple[LongTailClassifier, Pixels, list[str]]:
@@ -296,7 +306,8 @@ def find_run(name: str, root: Path) -> Path:
         if (folder / "args.json").is_file():
             return folder
     runs = sorted(path.parent.name for path in root.glob("*/args.json"))
-    there_are = f"runs in {root}: {', '.join(runs)}" if runs else f"there are no runs in {root}; train one first"
+    shown = ", ".join(runs[:10] + ["..."] * (len(runs) > 10))
+    there_are = f"runs in {root}: {shown}" if runs else f"there are no runs in {root}; train one first"
     raise Refused(f"no run at {name} or {root / name}; {there_are}")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from engine import distributed, files
 from engine.console import warn
-from engine.errors import Refused
+from engine.errors import Refused, is_out_of_memory
 
 
 @dataclass
@@ -86,15 +87,16 @@ def read_state(folder: Path, device: torch.device, quiet: bool = False) -> dict 
     for path in (folder / "state.pt", folder / "state.previous.pt"):
         if path.exists():
             try:
-                content = {"averaged": None} | torch.load(path, map_location=device, weights_only=True)
+                with warnings.catch_warnings(action="ignore"):  # about the format of files that are not ours
+                    content = {"averaged": None} | torch.load(path, map_location=device, weights_only=True)
                 if {entry.name for entry in fields(TrainingState)} - set(content):
                     raise ValueError
                 if trouble and not quiet:
                     warn(f"{trouble}; going on from {path}")
                 return content
-            except (OSError, torch.OutOfMemoryError):
-                raise  # says nothing of the file's content
-            except Exception:  # truncated archives and foreign pickles share no base class
+            except Exception as error:  # truncated archives and foreign pickles share no base class
+                if isinstance(error, OSError) or is_out_of_memory(error):
+                    raise  # that says nothing of the content
                 trouble = trouble or f"{path} cannot be used: it is damaged, or no state that a training has saved"
     if trouble:
         raise Refused(f"{trouble}; there is no good one before it, start again with --overwrite")

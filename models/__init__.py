@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import Refused
-from engine.flags import add_switch
+from engine.flags import add_switch, given_path
 from models.backbones import Backbone, torchvision_resnet
 from models.classifier import LongTailClassifier, Output
 from models.heads import add_head_flags, build_heads
@@ -38,7 +38,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_switch(group, "--pretrained", False, "start from torchvision's weights, which it downloads")
     group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="start from this state dict (.safetensors, .pt, .pth)"
+        "--weights", type=given_path, metavar="FILE", help="start from this state dict (.safetensors, .pt, .pth)"
     )
     add_switch(group, "--freeze_backbone", False, "train heads only, on the features of --weights or --pretrained")
     add_head_flags(parser)
@@ -93,8 +93,10 @@ def load_backbone_weights(backbone: Backbone, path: Path) -> list[str]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # zip, pickle and safetensors errors share no base class
-        raise Refused(f"--weights {path} cannot be read as a state dict: {error!r:.200}") from None
+    except Exception:  # zip, pickle and safetensors errors share no base class
+        raise Refused(
+            f"--weights {path} cannot be read as a state dict of tensors and nothing else; give one, or a .safetensors"
+        ) from None
     if not isinstance(state, dict):
         raise Refused(f"--weights {path} holds a {type(state).__name__}, not a state dict")
     state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)

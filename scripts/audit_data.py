@@ -16,16 +16,21 @@ from data.listing import ACT, listing
 from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
 from engine.files import write_json
-from engine.flags import Parser, number_in
+from engine.flags import Parser, given_path, number_in
 
 
 def parse_args(argv: list[str] | None = None):
     parser = Parser("Check a data folder before training; exit code 1 when something must be acted on.")
     count = number_in(0, kind=int)
     add = parser.add_argument
-    add("data_dir", type=Path, metavar="DIR", help="folder with train/, val/ and test/")
-    add("--list_dir", type=Path, metavar="DIR", help="folder of train.txt, val.txt and test.txt; off without lists")
-    add("--output", type=Path, metavar="DIR", help="folder for audit.json and audit.png; the data folder")
+    add("data_dir", type=given_path, metavar="DIR", help="folder with train/, val/ and test/")
+    add(
+        "--list_dir",
+        type=given_path,
+        metavar="DIR",
+        help="folder of train.txt, val.txt and test.txt; off without lists",
+    )
+    add("--output", type=given_path, metavar="DIR", help="folder for audit.json and audit.png; the data folder")
     add("--near_limit", type=count, default=100_000, metavar="N", help="most images searched for near-duplicates")
     add("-j", "--workers", type=number_in(1, kind=int), default=os.cpu_count(), metavar="N", help="reading threads")
     return parser.parse_args(argv)

@@ -29,7 +29,7 @@ from engine.compare_page import GENERATOR, NOTES, TITLES, figure_png, group_tabl
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
-from engine.flags import Parser, add_switch
+from engine.flags import Parser, add_switch, given_path
 from engine.record import sessions
 from engine.run import find_run
 
@@ -44,8 +44,8 @@ def parse_args(argv: list[str] | None = None):
     parser = Parser("Compare finished and tested runs; groups are runs that differ only in their seed.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, its name, or a folder of runs")
-    add("--root_model", type=Path, default=Path("checkpoint"), metavar="DIR", help="where names are found")
-    add("--output", type=Path, metavar="DIR", help="default: comparison/ in the folder that holds the runs")
+    add("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found")
+    add("--output", type=given_path, metavar="DIR", help="default: comparison/ in the folder that holds the runs")
     add_switch(parser, "--allow_different_splits", False, "also show runs that saw other images; untested in pairs")
     return parser.parse_args(argv)
 
@@ -76,6 +76,8 @@ def run_folders(name: str, root: Path) -> list[Path]:
 
 def refuse_foreign_files(output: Path) -> None:
     """`Refused` when files in ``output`` would be lost that an earlier comparison has not written."""
+    if output.exists() and not output.is_dir():
+        raise Refused(f"--output {output} is no folder; give one")
     there = [output / name for name in FILES if (output / name).exists()]
     page = output / FILES[0]
     if there and not (page.is_file() and GENERATOR in page.read_text(errors="replace")[:1000]):
@@ -84,7 +86,7 @@ def refuse_foreign_files(output: Path) -> None:
 
 def remarks_on(runs: list[Run]) -> list[str]:
     """What makes figures of these runs less comparable than they look."""
-    records = [session for run in runs for session in sessions(run.record)]
+    records = [run.record | session for run in runs for session in sessions(run.record)]
     machines = {", ".join(f"{key} {record.get(key)}" for key in SPEED) for record in records}
     commits = {str(record.get("commit")) for record in records}
     remarks = []

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import Failed, one_line_errors
-from engine.flags import Parser, number_in
+from engine.flags import Parser, given_path, number_in
 from engine.run import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,9 @@ FLAGS += " --drw_epoch 2 --drs_epoch 4 --epoch_thresh 5 --add_sphere_loss --run_
 
 def parse_args(argv: list[str] | None = None):
     parser = Parser("Kill a training run at random moments and check that it ends in the same bits.")
-    parser.add_argument("--data_dir", type=Path, default=Path("data/digits"), metavar="DIR", help="what to train on")
+    parser.add_argument(
+        "--data_dir", type=given_path, default=Path("data/digits"), metavar="DIR", help="what to train on"
+    )
     parser.add_argument("--kills", type=number_in(1, kind=int), default=20, metavar="N", help="how often")
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="what to send")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

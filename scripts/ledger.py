@@ -23,7 +23,7 @@ from engine.compare import Run, read_run, what_is_missing
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import locked, write_atomically
-from engine.flags import Parser, command_line
+from engine.flags import Parser, command_line, given_path
 from engine.record import plain_flags
 from engine.run import MAY_CHANGE
 
@@ -86,8 +86,8 @@ the best one on the test set, which is what much public code reports, on the ori
 tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG (quality 75, colours at half the
 resolution), which loses detail at 32 px. Beside cifar_best they are the best of its size and epochs, reached by other
 recipes. The first reason of a gap is fewer epochs than the recipe's; below 60 the CIFAR recipes have no warm-up
-either. What is left of it with all 200 epochs is of about one size in all recipes (n = 1 each), which points to what
-they share: the images, the draw of the tail, or the training itself."""
+either. Why a gap is left with all 200 epochs is not known; all rows share the images, the draw of the tail, and the
+training."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
@@ -96,8 +96,8 @@ HEADER = [
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Add runs to docs/ledger.jsonl and write docs/ledger.md.")
-    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of runs, or of a sweep")
-    parser.add_argument("--output", type=Path, default=DOCS, metavar="DIR", help="where ledger.jsonl and .md lie")
+    parser.add_argument("folders", type=given_path, nargs="*", metavar="FOLDER", help="of runs, or of a sweep")
+    parser.add_argument("--output", type=given_path, default=DOCS, metavar="DIR", help="where ledger.jsonl and .md lie")
     return parser.parse_args(argv)
 
 
@@ -164,8 +164,8 @@ def entry_of(run: Run) -> dict:
             f"{run.folder} was tested on other images than it was trained with; put those back and test again"
         )
     if "resumed" in record:
-        changed = ", ".join(sorted({name for change in record["resumed"] for name in change} - {"epoch"}))
-        raise Refused(f"{run.folder} went on under other circumstances ({changed}), so that no command repeats it")
+        changed = ", ".join(sorted({name for change in record["resumed"] for name in change} - {"epoch", "step"}))
+        raise Refused(f"{run.folder} went on under other circumstances ({changed}): its figures are of neither")
     command, told = command_of(flags, rows[row].recipe or row, record["seed"])
     return {
         "row": row,

@@ -18,7 +18,7 @@ from data.long_tail import IMBALANCES, Profile, draw, resolved_class_order
 from data.preparation import publish, refuse_foreign_output, scratch_folder
 from data.sources import CIFAR_KINDS, SOURCES
 from engine.errors import Refused, one_line_errors
-from engine.flags import Parser, add_switch, number_in
+from engine.flags import Parser, add_switch, given_path, number_in
 
 DRAW_FLAGS = ("imb_type", "imb_factor", "val_per_class", "test_per_class", "val_fraction", "test_fraction")
 
@@ -28,9 +28,14 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("source")
     add = group.add_argument
     add("kind", choices=SOURCES, metavar="SOURCE", help=", ".join(SOURCES))
-    add("--source", type=Path, metavar="PATH", help="folder to read, or tar or zip archive of it")
+    add("--source", type=given_path, metavar="PATH", help="folder to read, or tar or zip archive of it")
     add_switch(group, "--download", default=False, help="fetch the official CIFAR archive into data/downloads")
-    add("--ilsvrc", type=Path, metavar="DIR", help="ILSVRC-2012 training folders that mini-ImageNet's lists point to")
+    add(
+        "--ilsvrc",
+        type=given_path,
+        metavar="DIR",
+        help="ILSVRC-2012 training folders that mini-ImageNet's lists point to",
+    )
     group = parser.add_argument_group("draw (where none is given, the source's own default)")
     add = group.add_argument
     add("--imb_type", choices=IMBALANCES, help="shape of the class sizes; balanced sources: exp, others: none")
@@ -42,7 +47,7 @@ def parse_args(argv: list[str] | None = None):
     add("--test_fraction", type=number_in(0, 1), metavar="F", help="share of every class in test; folder: 0.2")
     add("--data_seed", type=int, default=0, metavar="S", help="seed of the draw")
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="folder to write; data/<name of the data set>")
+    group.add_argument("--output", type=given_path, metavar="DIR", help="folder to write; data/<name of the data set>")
     add_switch(group, "--link", default=False, help="hard links in place of copies of image files")
     add_switch(group, "--overwrite", default=False, help="replace a folder that holds something else")
     return parser.parse_args(argv)

@@ -23,7 +23,7 @@ from engine import distributed, files
 from engine.console import say
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
-from engine.flags import Parser, number_in
+from engine.flags import Parser, given_path, number_in
 from engine.options import train_parser
 from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
 from engine.record import code_commit, plain_flags, read_record
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_dir", required=True, metavar="RUN", help="a run's folder, or its name")
     parser.add_argument(
         "--root_model",
-        type=Path,
+        type=given_path,
         default=Path("checkpoint"),
         metavar="DIR",
         help="where names are found, and the new run",
@@ -122,6 +122,7 @@ def rescale(args: argparse.Namespace) -> None:
         head.weight.div_(torch.linalg.vector_norm(head.weight, dim=1, keepdim=True) ** tau)
         head.bias.zero_()
     own = {name: plain_flags(args.training)[name] for name in OWN}
+    record.pop("resumed", None)
     record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
     record |= {"parent_weights": args.parent_weights}
     record |= {"tau": tau, "val_balanced_accuracy_by_tau": scores}

@@ -25,7 +25,7 @@ from engine.compare import what_is_missing
 from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
 from engine.files import read_json
-from engine.flags import Parser, number_in
+from engine.flags import Parser, given_path, number_in
 from engine.hardware import num_cores
 from engine.metrics import FEW, MANY
 from engine.options import train_parser
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.prog, parser.usage = f"bash scripts/{sweep}.sh", "%(prog)s DATA [flags of the sweep] [-- flags of the runs]"
     parser.formatter_class = type("Help", (argparse.RawDescriptionHelpFormatter, parser.formatter_class), {})
     add, positive = parser.add_argument, number_in(1, kind=int)
-    add("data_dir", type=Path, metavar="DATA", help="folder with train/, val/ and test/")
+    add("data_dir", type=given_path, metavar="DATA", help="folder with train/, val/ and test/")
     add("--seeds", type=number_in(0, 2**31, kind=int), nargs="+", default=[0, 1, 2], metavar="K", help="of the runs")
     add("--jobs", type=positive, default=os.environ.get("JOBS", "1"), metavar="K", help="runs at a time, also JOBS=K")
     add("--list", action="store_true", help="only print the commands, a run a line")
@@ -104,8 +104,10 @@ def main(args: argparse.Namespace) -> None:
         flags = [*(str(run.folder) for run in done), "--output", str(root_model / "comparison")]
         try:
             compare_runs.main(compare_runs.parse_args(flags))
-        except SystemExit:  # which has said why; what failed is summed up all the same
-            compared = False
+        except SystemExit as error:
+            if error.code != Refused.exit_code:
+                raise
+            compared = False  # it has said why; what failed is summed up all the same
     if not failures:
         failures = [f"{run.name} is not tested on its own images" for run in to_do if run not in done]
     if failures:
@@ -153,7 +155,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
         own = [*recipe, *fixed, *with_epochs(flags, told.epochs)]
         told = str(parsed(f"setting {setting}", own))
         if told in settings:
-            raise Refused(f"settings {settings[told]} and {setting} are the same with these flags; nothing to compare")
+            raise Refused(f"settings {settings[told]} and {setting} are the same with these flags; give others")
         settings[told] = setting
         for seed in args.seeds:
             name = f"{setting}_seed{seed}"

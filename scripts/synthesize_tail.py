@@ -29,7 +29,7 @@ from data.synthetic_filters import Agreement, Filters
 from engine import distributed
 from engine.console import say
 from engine.errors import Refused, one_line_errors
-from engine.flags import Parser, add_switch, number_in
+from engine.flags import Parser, add_switch, given_path, number_in
 from engine.run import find_run
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -41,9 +41,9 @@ def parse_args(argv: list[str] | None = None):
     count = number_in(1, kind=int)
     group = parser.add_argument_group("what")
     add = group.add_argument
-    add("data_dir", type=Path, metavar="DIR", help="folder with train/, val/ and test/")
-    add("--list_dir", type=Path, metavar="DIR", help="image lists in place of folders")
-    add("--output", type=Path, metavar="DIR", help="folder to write; default: synthetic/ in the data folder")
+    add("data_dir", type=given_path, metavar="DIR", help="folder with train/, val/ and test/")
+    add("--list_dir", type=given_path, metavar="DIR", help="image lists in place of folders")
+    add("--output", type=given_path, metavar="DIR", help="folder to write; default: synthetic/ in the data folder")
     add("--target", default="median", metavar="N|median|max", help="images of each class, real and synthetic")
     add("--max_candidates", type=number_in(1), default=2.0, metavar="F", help="at most drawn for one that is wanted")
     add_switch(group, "--dry_run", False, "print the plan, draw one batch to see how long it takes, write nothing")
@@ -53,7 +53,12 @@ def parse_args(argv: list[str] | None = None):
     add("--mode", choices=("text2img", "img2img"), default="text2img", help="img2img starts from the class's images")
     add("--prompt", default="a photo of a {}", metavar="TEXT", help="{} stands for the class's name")
     add("--negative_prompt", default="", metavar="TEXT", help="what should not be seen")
-    add("--class_names", type=Path, metavar="FILE", help="JSON {class: name}; default: classes.json in the data folder")
+    add(
+        "--class_names",
+        type=given_path,
+        metavar="FILE",
+        help="JSON {class: name}; default: classes.json in the data folder",
+    )
     add(
         "--strength", type=number_in(0, 1, open_low=True), default=0.7, metavar="S", help="img2img: 1 ignores the start"
     )
@@ -69,7 +74,9 @@ def parse_args(argv: list[str] | None = None):
     add = group.add_argument
     add("--filter_model", metavar="RUN", help="a trained run that must find an image's class")
     add("--filter_top_k", type=count, default=1, metavar="K", help="among its first K")
-    add("--root_model", type=Path, default=Path("checkpoint"), metavar="DIR", help="where names of runs are found")
+    add(
+        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names of runs are found"
+    )
     add("-j", "--workers", type=count, default=os.cpu_count(), metavar="N", help="threads that read images")
     args = parser.parse_args(argv)
     if args.target not in ("median", "max"):

@@ -363,6 +363,12 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, tiny_dataset, capsys
     assert not torch.equal(one["heads.main.weight"], other["heads.main.weight"])
 
 
+@pytest.mark.parametrize("flag", ["--data_dir", "--root_model", "--weights"])
+def test_an_empty_path_is_refused(capsys, flag):
+    """As of a shell variable that is not set; it would be the current folder."""
+    assert f"argument {flag}: the path is empty" in refused(capsys, lambda: imagenet_lt_train.parse_args([flag, ""]))
+
+
 def test_flags_can_be_read_from_a_file(tmp_path):
     recipe = tmp_path / "recipe.txt"
     recipe.write_text("# a comment\n--lr 0.1  # the rate\n\n--lr_milestones 0.5 0.75\n--add_rsg False\n")

@@ -30,6 +30,7 @@ from engine.compare import (
     what_is_missing,
 )
 from engine.compare_page import group_table, markdown, pair_table
+from engine.errors import Refused
 from engine.metrics import bootstrap_intervals, confusion_matrix, group_means, per_class, shot_groups
 from engine.report import write_predictions
 from engine.run import HPARAM_METRICS
@@ -169,6 +170,30 @@ def test_a_real_run_is_read_with_the_metrics_that_its_test_printed(real_run):
     assert run.correct.mean() == pytest.approx(result["top1"])
     assert run.measures["parameters"] == json.loads((real_run / "args.json").read_text())["parameters"]
     assert run.files[0] == "test/a/0.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("logits.npz", b""),
+        ("logits.npz", b"garbage"),
+        ("predictions.csv", b"other\n1\n"),
+        ("metrics.json", b'{"balanced_accuracy": "all"}'),
+    ],
+)
+def test_a_damaged_test_is_refused(make_run, name, content):
+    run = make_run("run0", 0)
+    (run / "test" / name).write_bytes(content)
+    with pytest.raises(Refused, match="is damaged; test the run again"):
+        read_run(run)
+
+
+def test_logits_that_are_no_numbers_are_refused(make_run):
+    run = make_run("run0", 0)
+    with np.load(run / "test" / "logits.npz") as content:
+        np.savez(run / "test" / "logits.npz", logits=content["logits"] * np.nan, targets=content["targets"])
+    with pytest.raises(Refused, match="is not what logits.npz"):
+        read_run(run)
 
 
 def test_tensorboards_hparams_tab_has_the_flags_and_a_scalar_for_each_metric(real_run):

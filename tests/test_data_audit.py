@@ -158,7 +158,7 @@ def test_images_that_changed_since_they_were_prepared_are_noticed(tmp_path, clea
     code, findings, _ = audit(tmp_path / "out")
     assert (code, [*findings]) == (
         1,
-        ["act the content of images differs from the hash in split.json; prepare the folder again"],
+        ["act the content of images differs from the hash in split.json; prepare the folder again with --overwrite"],
     )
     path.rename(path.with_name("renamed.jpg"))
     _, findings, _ = audit(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_a_file_that_was_broken_before_it_was_prepared_has_not_changed(tmp_path,
     code, findings, _ = audit(tmp_path / "out")
     ((message, files),) = findings.items()
     assert code == 1
-    assert message.startswith("act 1 file(s) that cannot be read; they come from where the folder was prepared from")
+    assert message.startswith("act 1 file(s) that cannot be read; they came so from where the folder was prepared from")
     assert files[0].startswith("train/cat/0.jpg")
 
 

@@ -45,13 +45,21 @@ def test_other_files_and_dot_files_are_ignored_and_suffixes_have_any_case(tmp_pa
         ({"test/a": 1}, "has no train/ folder"),
         ({"train/a": 1}, "at least two"),
         ({"train/a": 1, "train/b": 0, "train/c": 0}, r"no images in .*train/b, .*train/c"),
-        ({"train/a": 1, "train/b": 0, "train/b/c": 1}, r"train/b itself but in folders inside"),
+        ({"train/a": 1, "train/b": 0, "train/b/c": 1}, r"train/b itself but in .*train/b/c"),
         ({"train/a": 1, "train/b": 1, "val/c": 1}, r"val holds classes that train/ lacks: c"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(tmp_path, names, message):
     with pytest.raises(Refused, match=message):
         read_image_folders(write_images(tmp_path, names))
+
+
+def test_what_is_no_file_is_no_image_whatever_its_name(tmp_path):
+    root = write_images(tmp_path, {"train/a": 1, "train/b": 1})
+    os.mkfifo(root / "train/a/pipe.png")
+    (root / "train/a/folder.png").mkdir()
+    (root / "train/a/nowhere.png").symlink_to("gone")  # which is named when it is read
+    assert [path.name for path in read_image_folders(root).splits["train"].paths] == ["0.png", "nowhere.png", "0.png"]
 
 
 def test_a_missing_folder_says_how_to_prepare_one(tmp_path):

@@ -25,6 +25,17 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """Pillow gives EPS to Ghostscript, whatever the name of the file."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png", "EPS")
+    with pytest.raises(Refused, match="no image in a known format"):
+        read_image(tmp_path / "photo.png")
+    assert not (tmp_path / "started").exists()
+
+
 def test_16_bit_grey_keeps_its_brightness(tmp_path):
     grey = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
     for suffix in ("png", "tif"):

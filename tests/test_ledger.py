@@ -10,7 +10,7 @@ import pytest
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.errors import Refused
-from engine.record import code_commit
+from engine.record import code_commit, same_code
 from scripts import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,3 +206,9 @@ def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path):
     assert code_commit(tmp_path / "engine") == head
     (tmp_path / "engine/a.py").write_text("1\n")
     assert code_commit(tmp_path / "engine") == f"{head}-dirty"
+    git("commit", "docs/ledger.jsonl", "-m", "ledger")
+    assert same_code(head, docs := git("rev-parse", "HEAD").strip(), tmp_path / "engine")
+    git("commit", "engine/a.py", "-m", "code")
+    code = git("rev-parse", "HEAD").strip()
+    others = [(docs, code), (head, f"{head}-dirty"), (head, None), (head, "0" * 40)]
+    assert not any(same_code(*pair, tmp_path / "engine") for pair in others)

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torchvision.transforms.functional as tvf
 from PIL import Image
 from scipy.stats import binom, kstest
 
-from data import transforms
+from data import loaders, transforms
 from data.folders import Split
 from data.images import read_image
 from data.loaders import (
@@ -530,6 +531,23 @@ def test_a_turned_image_keeps_its_shape_in_memory(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     decoded = DecodedImages([tmp_path / "a.png"], workers=1)
     assert np.array_equal(np.asarray(decoded[0]), np.rot90(pixels, -1))
+
+
+def test_a_header_that_claims_a_bomb_takes_no_memory(tmp_path):
+    split = write_split(tmp_path, 3, 100)
+    content = bytearray(split.paths[1].read_bytes())
+    content[16:24] = (30000).to_bytes(4, "big") * 2  # width and height of a PNG
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    split.paths[1].write_bytes(content)
+    with pytest.raises(Refused, match=f"^{split.paths[1]} has more than"):
+        DecodedImages(split.paths, workers=1)
+
+
+def test_an_image_of_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
+    split = write_split(tmp_path, 2, 100)
+    monkeypatch.setattr(loaders, "image_size", lambda path: (100, 99))  # as if it was replaced meanwhile
+    with pytest.raises(Refused, match="not of the size"):
+        DecodedImages(split.paths, workers=1)
 
 
 def test_of_many_broken_files_twenty_are_named_and_the_others_counted(tmp_path):

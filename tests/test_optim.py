@@ -222,10 +222,11 @@ def test_an_average_that_keeps_much_of_the_first_weights_is_a_warning():
     args = flags("--epochs 30 --ema_decay 0.999 --accumulate_steps 2 --start_epoch 10")
     (warning,) = check_average(args, num_batches=9)
     assert "after 100 updates" in warning
-    assert "leaves 90% of the first weights" in warning  # 0.999 ** 100
-    assert "0.955 leaves 1 %" in warning  # 0.955 ** 100 = 0.01
+    assert "leaves 91% of the first weights" in warning  # 0.999 ** 99
+    assert "0.9545 leaves 1 %" in warning  # 0.9545 ** 99 = 0.01
     assert check_average(args, num_batches=1000) == []
-    assert check_average(flags("--ema_decay 0.95 --start_epoch 10"), num_batches=9) == []
+    assert check_average(flags("--ema_decay 0.9 --start_epoch 10"), num_batches=9) == []
+    assert check_average(flags("--epochs 1 --ema_decay 0.9"), num_batches=1) == []  # all there is
     assert check_average(flags(""), num_batches=1) == []
 
 

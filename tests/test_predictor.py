@@ -129,6 +129,39 @@ def test_other_images_and_other_groups_have_a_folder_of_their_own(run, tested, t
     assert {path.name: path.read_bytes() for path in (run / "test").iterdir()} == before
 
 
+def test_images_that_changed_after_a_test_do_not_replace_it(run, tested, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    data = shutil.copytree(run.parent / "data", tmp_path / "data")
+    record = json.loads((copy / "args.json").read_text())
+    record["flags"]["data_dir"] = str(data)
+    (copy / "args.json").write_text(json.dumps(record))
+    next((data / "test" / "common").iterdir()).unlink()
+    result = ask(copy)
+    assert "no longer holds the images" in capsys.readouterr().err
+    assert json.loads((copy / "test" / "metrics.json").read_text())["n"] == 9
+    assert (copy / f"test_data-{result['split_hash'][:8]}" / "metrics.json").is_file()
+    shutil.rmtree(copy / "test")  # of images that came after the training there is one test
+    ask(copy)
+    assert json.loads((copy / "test" / "metrics.json").read_text())["n"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("flags", value) for value in ([], "x", {"arch": "evil"}, {"epochs": "many"}, {"data_dir": None})),
+        *(("classes", value) for value in (5, ["a"], [1, 2, 3])),
+        *(("class_counts", value) for value in ([0, 1, 2], [1, 2], [1.5, 2, 3], None)),
+        *(("img_size", value) for value in ("big", 10**9, 0)),
+        *(("std", value) for value in ([0, 1, 1], [1, 1], [float("nan")] * 3)),
+        *(("mean", [float("inf")] * 3), ("readable_names", {}), ("versions", 5)),
+    ],
+)
+def test_a_record_that_no_run_writes_is_refused(run, tmp_path, capsys, name, value):
+    record = json.loads((run / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(record | {name: value}))
+    assert f"args.json is damaged: no run has these {name}" in refused(capsys, lambda: ask(tmp_path))
+
+
 def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run, tested):
     before = (run / "test" / "metrics.json").read_bytes()
     result = ask(run, "--test_prior", "uniform")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import imagenet_lt_test
 import imagenet_lt_train
 from engine.record import sessions
 from engine.state import TrainingState, read_state
@@ -164,6 +165,16 @@ def test_a_finished_run_of_one_epoch_whose_state_is_gone_is_not_begun_again(tmp_
     assert "no state.pt to go on from" in capsys.readouterr().err
 
 
+def test_a_tested_run_whose_state_is_gone_keeps_its_test(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset, "--max_steps", "1")  # of three epochs: as a kill in the first one leaves it
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run)]))
+    (run / "state.pt").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset, "--max_steps", "1", "--resume")
+    assert "no state.pt to go on from" in capsys.readouterr().err
+    assert (run / "test" / "metrics.json").is_file()
+
+
 def test_resume_refuses_another_word_on_mirroring(tmp_path, tiny_dataset, capsys):
     run = train(tmp_path, tiny_dataset)
     assert json.loads((run / "args.json").read_text())["mirrored"] is True
@@ -192,14 +203,23 @@ def test_going_on_under_other_circumstances_is_a_warning_and_is_recorded(tmp_pat
     train(tmp_path, tiny_dataset, "--resume")
     assert "processes 1 (before: 2)" in capsys.readouterr().err
     now = {"precision": record["precision"], "processes": 1, "torch": record["versions"]["torch"]}
-    resumed = [{"epoch": 2} | now]
+    resumed = [{"epoch": 2, "step": 0} | now]
     assert json.loads((run / "args.json").read_text()) == begun | {"resumed": resumed}
     assert [state["precision"] for state in sessions(begun | {"resumed": resumed})] == ["float16", now["precision"]]
 
+
+@pytest.mark.parametrize(("epoch", "kept"), [(1, True), (2, False)])
+def test_what_a_start_that_saved_nothing_ran_under_is_forgotten(tmp_path, tiny_dataset, capsys, epoch, kept):
+    """From the state before epoch 2: what was so since epoch 1 stays; what began with this state led to nothing."""
+    run = train(tmp_path, tiny_dataset)
+    record = json.loads((run / "args.json").read_text())
+    threads = {"threads": 9} if kept else {}
+    other = {"resumed": [{"epoch": epoch, "step": 0, "threads": record["threads"] if kept else 9}]}
+    (run / "args.json").write_text(json.dumps(record | threads | other))
     (run / "state.previous.pt").replace(run / "state.pt")
     train(tmp_path, tiny_dataset, "--resume")
     assert "circumstances" not in capsys.readouterr().err
-    assert json.loads((run / "args.json").read_text())["resumed"] == resumed
+    assert json.loads((run / "args.json").read_text()) == record | threads | (other if kept else {})
 
 
 def test_resume_refuses_other_images(tmp_path, tiny_dataset, capsys):

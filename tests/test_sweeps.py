@@ -196,7 +196,8 @@ def test_a_folder_with_a_run_of_other_flags_is_refused_with_both_values(tmp_path
     _, (run, *_) = sweep.planned(sweep.parse_args(words))
     flags = plain_flags(imagenet_lt_train.parse_args(run.commands[0][2:]))
     run.folder.mkdir(parents=True)
-    record = dict.fromkeys(REQUIRED, "") | {"flags": flags, "class_counts": [8, 5, 3]}
+    record = dict.fromkeys(REQUIRED, "") | {"flags": flags, "class_counts": [8, 5, 3], "img_size": 32}
+    record |= {"classes": ["a", "b", "c"], "readable_names": ["a", "b", "c"], "mean": [0.5] * 3, "std": [1] * 3}
     (run.folder / "args.json").write_text(json.dumps(record))
     sweep.check_folder(run)
     assert not sweep.is_done(run)  # no epoch yet
