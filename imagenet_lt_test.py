@@ -58,7 +58,8 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
         result["test_prior"] = args.test_prior
         result["top1_under_prior"] = metrics.accuracy_under_prior(logits, targets, predictor.test_prior)
     result["intervals"] = metrics.bootstrap_intervals(logits, targets, groups)
-    tested = np.bincount(targets, minlength=len(counts)) > 0
+    images = np.bincount(targets, minlength=len(counts))
+    tested, result["fewest_images"] = images > 0, int(images[images > 0].min())
     result["counts"] = {name: int((members & tested).sum()) for name, members in groups.items() if name in result}
     result["split_hash"], result["weights_hash"] = split_hash(folders), predictor.weights_hash
     result |= synthetic_use(record) | {"shot_thresholds": args.shot_thresholds}

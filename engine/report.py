@@ -31,6 +31,7 @@ REPORT_FILES = (
 GROUP_COLOURS = {"many": "#1b6ca8", "medium": "#e0a100", "few": "#c8402f"}
 PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
 PERCENT += ("head", "tail", "ece")
+FEW_IMAGES = 10  # of a class in a test: the bootstrap sees next to no spread in fewer
 MAPPED = 2000  # images in features.png at most
 
 
@@ -89,6 +90,8 @@ def table(result: dict) -> str:
             lines.append(f"{name:18s} {value}{interval}{number}")
         if name == "ece" and result.get("ece_groups"):
             lines.append(" " * 22 + ", ".join(f"{group} {100 * e:.2f}" for group, e in result["ece_groups"].items()))
+    if result["fewest_images"] < FEW_IMAGES:
+        lines.append(f"the intervals are too narrow: a class has only {result['fewest_images']} of these images")
     if "synthetic" in result:
         images, share, weight = result["synthetic"].values()
         lines.append(f"trained with {images} synthetic images, {share:.1%} of all, of weight {weight:g}")

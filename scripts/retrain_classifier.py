@@ -126,11 +126,13 @@ def rescale(args: argparse.Namespace) -> None:
     record |= {"flags": record["flags"] | own, "parent": str(args.parent), "commit": code_commit()}
     record |= {"parent_weights": args.parent_weights}
     record |= {"tau": tau, "val_balanced_accuracy_by_tau": scores}
-    with files.locked(run.path):
-        run.check_unchanged()
-        run.begin(record, 0, fresh=True)
-        save_weights(run.path / "last.safetensors", model, None, weights.epoch)
+    if distributed.is_main():
+        with files.locked(run.path):
+            run.check_unchanged()
+            run.begin(record, 0, fresh=True)
+            save_weights(run.path / "last.safetensors", model, None, weights.epoch)
     say(f"tau {tau:g}; test it with: {run.test_command()}")
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ RESULT = {
     "brier": 0.2,
     "intervals": {"top1": (0.85, 0.9), "few": (0.4, 0.6), "nll": (0.45, 0.57)},
     "counts": {"few": 4},
+    "fewest_images": 30,
 }
 
 
@@ -122,6 +123,12 @@ def test_the_table_gives_percentages_with_their_intervals_and_nats():
         "nll                 0.512    [0.45, 0.57]",
         "brier               0.200  ",
     ]
+
+
+def test_the_table_says_where_intervals_mean_little():
+    assert table(RESULT | {"fewest_images": 10}) == table(RESULT)
+    (line,) = set(table(RESULT | {"fewest_images": 9}).splitlines()) - set(table(RESULT).splitlines())
+    assert line == "the intervals are too narrow: a class has only 9 of these images"
 
 
 def test_the_table_leaves_out_what_is_absent():
