@@ -24,7 +24,8 @@ def hardware(device: torch.device) -> str:
     """In words: the GPU, or how many cores of which processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{num_cores()} cores of {cpu_name()}{', its GPU' if device.type == 'mps' else ''}"
+    cores = f"{num_cores()} core{'s' if num_cores() > 1 else ''}"
+    return f"{cores} of {cpu_name()}{', its GPU' if device.type == 'mps' else ''}"
 
 
 def keep_freed_memory() -> None:
