@@ -86,8 +86,7 @@ the best one on the test set, which is what much public code reports, on the ori
 tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG (quality 75, colours at half the
 resolution), which loses detail at 32 px. Beside cifar_best they are the best of its size and epochs, reached by other
 recipes. The first reason of a gap is fewer epochs than the recipe's; below 60 the CIFAR recipes have no warm-up
-either. Why a gap is left with all 200 epochs is not known; all rows share the images, the draw of the tail, and the
-training."""
+either. Why a gap is left with all 200 epochs is not known; results.md says what was tried."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",
