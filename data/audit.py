@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.duplicates import exact_duplicates, near_duplicates
 from data.folders import hash_of_lines
-from data.images import open_image, read_image
+from data.images import read_image
 from data.listing import ACT, HINT, NOTE, Finding, Listing, listing_findings
 from engine.errors import Refused
 from engine.files import read_json
@@ -48,7 +48,7 @@ def inspect(path: Path) -> Inspected:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         grey = read_image(path, at_least=32).convert("L").resize((32, 32), Image.Resampling.BOX)
-        with open_image(path) as image:
+        with Image.open(path) as image:
             size = image.size
     except (OSError, Refused) as error:
         return Inspected(digest, error=str(error))
@@ -77,21 +77,10 @@ def record_findings(root: Path, names: list[str], inspected: list[Inspected]) ->
     changed = [f"{name}: added" for name in names if name not in listed]
     changed += [f"{name}: missing" for name in sorted(listed - set(names))]
     if changed:
-        return [
-            Finding(
-                ACT,
-                f"{len(changed)} image(s) differ from split.json; {AGAIN}",
-                changed,
-            )
-        ]
+        return [Finding(ACT, f"{len(changed)} image(s) differ from split.json; {AGAIN}", changed)]
     digest = hash_of_lines(f"{name} {image.digest}" for name, image in zip(names, inspected, strict=True))
     if digest != record.get("hash") and all(image.digest for image in inspected):
-        return [
-            Finding(
-                ACT,
-                f"the content of images differs from the hash in split.json; {AGAIN}",
-            )
-        ]
+        return [Finding(ACT, f"the content of images differs from the hash in split.json; {AGAIN}")]
     return []
 
 

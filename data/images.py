@@ -15,12 +15,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # names no file; the pixels may be whole
 
 
-def open_image(path: Path) -> Image.Image:
-    """Pillow's image of which only the header is read. EPS is no format here: Ghostscript, a program, would read it."""
-    Image.init()
-    return Image.open(path, formats=sorted(Image.OPEN.keys() - {"EPS"}))
-
-
 def read_image(path: Path, at_least: int | None = None) -> Image.Image:
     """The first frame of ``path`` in RGB; `Refused`, with the file's name, when it cannot be read whole.
 
@@ -28,7 +22,9 @@ def read_image(path: Path, at_least: int | None = None) -> Image.Image:
     pixels: several times faster, and a truncated file is found all the same.
     """
     try:
-        with open_image(path) as image:
+        with Image.open(path) as image:
+            if image.format == "EPS":
+                raise Image.UnidentifiedImageError  # Pillow would start Ghostscript, a program, to load it
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if at_least is not None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import transforms
 from data.augment import POLICIES, Policy
 from data.folders import Split
-from data.images import MAX_PIXELS, open_image, read_image
+from data.images import MAX_PIXELS, read_image
 from data.samplers import batch_bounds, epoch_draws, epoch_mixings, epoch_order, policy_draws
 from engine import distributed
 from engine.errors import Failed, Refused
@@ -395,7 +395,7 @@ def own_size(paths: list[Path], largest: int = 96) -> int | None:
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height in px from the file's header; None where there is none: decoding will tell why."""
     try:
-        with open_image(path) as image:
+        with Image.open(path) as image:
             return image.size
     except Exception:  # decoders raise what they like
         return None

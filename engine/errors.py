@@ -53,7 +53,10 @@ def is_out_of_memory(error: Exception) -> bool:
 def _sentence(error: Exception) -> str:
     """What a user can do something about; any other `RuntimeError` is a defect and goes on as it is."""
     if is_out_of_memory(error):
-        return "out of memory; try a smaller --batch_size, --cache_limit or image size, or less of what else was set"
+        on_gpu = f" ({str(error).splitlines()[0]})" if type(error).__name__ == "OutOfMemoryError" else ""
+        return (
+            f"out of memory{on_gpu}; try a smaller --batch_size, --cache_limit or image size, or less of what was set"
+        )
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):

@@ -148,15 +148,14 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
         "--root_log",
         str(root_log),
     ]
-    runs, settings = [], {}
+    runs, names = [], {}
     for setting, flags in args.settings.items():
         recipe, flags = beside_recipe(flags)
         told = parsed(f"setting {setting}", [*recipe, *fixed])
         own = [*recipe, *fixed, *with_epochs(flags, told.epochs)]
-        told = str(parsed(f"setting {setting}", own))
-        if told in settings:
-            raise Refused(f"settings {settings[told]} and {setting} are the same with these flags; give others")
-        settings[told] = setting
+        other = names.setdefault(str(parsed(f"setting {setting}", own)), setting)
+        if other != setting:
+            raise Refused(f"settings {other} and {setting} are the same with these flags; give others")
         for seed in args.seeds:
             name = f"{setting}_seed{seed}"
             train = [*own, "--seed", str(seed), "--run_name", name, "--resume"]

@@ -369,6 +369,10 @@ def test_an_empty_path_is_refused(capsys, flag):
     assert f"argument {flag}: the path is empty" in refused(capsys, lambda: imagenet_lt_train.parse_args([flag, ""]))
 
 
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path, tiny_dataset, capsys):
+    assert "is longer than 200 bytes" in refused(capsys, lambda: train(tmp_path, tiny_dataset, "--run_name", "é" * 101))
+
+
 def test_flags_can_be_read_from_a_file(tmp_path):
     recipe = tmp_path / "recipe.txt"
     recipe.write_text("# a comment\n--lr 0.1  # the rate\n\n--lr_milestones 0.5 0.75\n--add_rsg False\n")

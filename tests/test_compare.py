@@ -417,5 +417,6 @@ def test_nothing_of_somebody_else_is_overwritten(make_run, tmp_path, capsys):
     output.mkdir()
     (output / "comparison.csv").write_text("my own notes")
     assert "is not of an earlier comparison" in refusal(capsys, run, "--output", output)
+    assert "is no folder" in refusal(capsys, run, "--output", run / "args.json")
     assert [path.name for path in output.iterdir()] == ["comparison.csv"]
     assert (output / "comparison.csv").read_text() == "my own notes"

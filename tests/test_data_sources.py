@@ -254,10 +254,12 @@ def test_splits_of_ones_own_are_kept_and_missing_ones_carved(tmp_path):
         (["train/a", "train/b", "validation/a"], "validation"),
         (["train/a", "train/b", "test/c"], "classes that train/ lacks: c"),
         ([], "no class folders"),
+        (["train/a", "val/a"], "there is one class, a;"),
+        (["test/a", "val/a"], "has test/ but no train/ folder"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path, capsys, folders, message):
     (tmp_path / "photos").mkdir()
     for folder in folders:
-        write_classes(tmp_path / "photos" / Path(folder).parent, [Path(folder).name], 2)
+        write_classes(tmp_path / "photos" / Path(folder).parent, [Path(folder).name], 10)
     assert message in refusal(capsys, "folder", "--source", tmp_path / "photos", "--output", tmp_path / "out")

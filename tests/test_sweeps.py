@@ -292,9 +292,7 @@ def test_a_sweep_ends_in_a_comparison_names_what_failed_and_repeats_nothing_that
     tmp_path, tiny_dataset, capsys, monkeypatch
 ):
     """Real runs: one setting is good, the other diverges in its first step."""
-    monkeypatch.setattr(
-        sweep, "num_cores", lambda: 8
-    )  # of which two jobs would take four each, but for the user's word
+    monkeypatch.setattr(sweep, "num_cores", lambda: 8)  # two jobs would take four each
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--arch", "resnet32", "--epochs", "1", "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
     words = [str(tiny_dataset), "--seeds", "0", "--jobs", "2", "--", *flags]
