@@ -84,11 +84,13 @@ def _flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold ``folder`` for this process; while another one does, ``wait``, or `Failed`. The lock dies with the
-    process."""
+    """Hold ``folder``, which is made, for this process; while another one does, ``wait``, or `Failed`. The lock dies
+    with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
+    except (FileExistsError, NotADirectoryError):
+        raise Refused(f"{folder} cannot be a folder: a file is in its way; name another one") from None
     except OSError as error:
         raise Failed(f"cannot write to {folder}: {error.strerror}") from None
     with file:

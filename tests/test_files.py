@@ -265,9 +265,10 @@ def test_a_worker_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
     process.communicate()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_a_folder_with_a_file_in_its_way_is_refused(name, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(Failed, match=f"cannot write to {tmp_path / 'file'}"), locked(tmp_path / "file"):
+    with pytest.raises(Refused, match=f"{tmp_path / name} cannot be a folder"), locked(tmp_path / name):
         pass
 
 
