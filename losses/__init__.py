@@ -1,6 +1,7 @@
 """Losses: ``(logits, targets)`` or ``(features, targets)`` to a scalar. No parameters, only buffers.
 
-A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`.
+A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`. It
+takes ``row_weights`` for synthetic images, and `mean_over_processes` makes its mean that of all processes: see `FocalLoss`.
 """
 
 import argparse
@@ -172,7 +173,8 @@ def check_class_weights(args: argparse.Namespace, class_counts: Sequence[int]) -
         return []
     return [
         f"class-balanced weights of --cbl_beta {args.cbl_beta:g} are all but equal ({weights.min():.3f} to "
-        f"{weights.max():.3f}) for classes of {fewest} to {most} images; 1 - 1/N is {1 - 1 / sum(class_counts):.6g}"
+        f"{weights.max():.3f}) for classes of {fewest} to {most} images; 1 - 1/N with the N images of the "
+        f"largest class is {1 - 1 / most:.6g}"
     ]
 
 

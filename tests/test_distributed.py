@@ -29,10 +29,18 @@ from losses import (
     inverse_frequency_weights,
 )
 from models.classifier import Output
+from rsg.generator import RareSampleGenerator
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = [40, 12, 3]
 STEPS, ROWS = 20, 10
+
+
+def center_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(3)
+    return RareSampleGenerator(3, COUNTS).estimate_centers(maps, targets)[0]
+
+
 LOSSES = {
     "cross_entropy": CrossEntropyLoss(),
     "weighted_ldam": LDAMLoss(COUNTS, weight=inverse_frequency_weights(COUNTS)),
@@ -42,6 +50,7 @@ LOSSES = {
     "balanced_supcon": lambda rows, targets: BalancedSupConLoss()(rows, targets, torch.eye(3) - 0.1),
     "row_weights": lambda logits, targets: CrossEntropyLoss()(logits, targets, 1 / (1 + targets)),
     "row_weights_focal": lambda logits, targets: FocalLoss()(logits, targets, 1 / (1 + targets)),
+    "rsg_centre": lambda maps, targets: center_loss(maps[:, :, None, None], targets),
     "row_weights_supcon": lambda rows, targets: SupConLoss()(rows, targets, row_weights=1 / (1 + targets)),
 }
 
@@ -178,9 +187,13 @@ def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image
         assert (9 * row["val_balanced_accuracy"]) == pytest.approx(round(9 * row["val_balanced_accuracy"]), abs=1e-9)
 
 
-def test_a_refusal_under_torchrun_is_one_line(tmp_path):
-    result = torchrun(2, "imagenet_lt_train.py", "--data_dir", str(tmp_path / "nowhere"), "--device", "cpu")
+@pytest.mark.parametrize(
+    ("folder", "batch_size", "words"), [("nowhere", "4", "does not exist"), ("tiny", "5", "divide by their number")]
+)
+def test_a_refusal_under_torchrun_is_one_line(tmp_path, tiny_dataset, folder, batch_size, words):
+    flags = ["--data_dir", str(tmp_path / folder), "--batch_size", batch_size, "--root_model", str(tmp_path)]
+    result = torchrun(2, "imagenet_lt_train.py", *flags, "--root_log", str(tmp_path / "log"), "--device", "cpu")
     assert result.returncode == 1  # the launcher's; it prints a report of its own behind our line
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "does not exist" in lines[0]
+    assert words in lines[0]

@@ -268,11 +268,6 @@ def test_ldam_is_cross_entropy_on_logits_shifted_by_hand():
     close(LDAMLoss(COUNTS, 0.3, weight)(logits, targets), F.cross_entropy(shifted, targets, weight), 1e-6)
 
 
-def test_ldam_without_margin_is_cross_entropy():
-    logits, targets = 30 * torch.rand(6, 3), torch.randint(3, (6,))
-    close(LDAMLoss(COUNTS, 0.0)(logits, targets), F.cross_entropy(logits, targets))
-
-
 def test_ldam_with_equal_counts_is_additive_margin_softmax():
     features, targets = torch.randn(12, 8).double(), torch.randint(3, (12,))
     theirs = metric_learning.CosFaceLoss(3, 8, margin=0.3, scale=30).double()

@@ -256,9 +256,11 @@ def test_a_signal_reaches_each_run_once_and_ends_the_sweep(tmp_path, number):
 
     former = signal.signal(number, signal.SIG_DFL)  # also where pytest runs under nohup
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(SystemExit) as error:
-        sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs")
-    signal.signal(number, former)
+    try:
+        with pytest.raises(SystemExit) as error:
+            sweep.run_all(runs, 2, dict(os.environ), tmp_path / "logs")
+    finally:
+        signal.signal(number, former)
     assert error.value.code == 128 + number
     assert (tmp_path / "saved").read_text() == "saved\nsaved\n"
     assert not (tmp_path / "c").exists()

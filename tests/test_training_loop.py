@@ -62,6 +62,35 @@ def test_what_is_deferred_begins_in_its_epoch_and_not_before(tmp_path, tiny_data
     assert plain[1] != deferred[1]
 
 
+def test_the_generators_parts_stay_as_they_are_out_of_their_phase(tmp_path, tiny_dataset):
+    """Weight decay included: 0.05 * 0.5 of a weight in every update."""
+    words = "--add_rsg True --wd 0.5"
+    begun = train(tmp_path, "begun", f"{words} --epochs 1 --epoch_thresh 0 --max_steps 1 --lr 1e-30")
+    run = train(tmp_path, "run", f"{words} --epochs 2 --epoch_thresh 0")
+    states = [begun / "state.pt", run / "state.previous.pt", run / "state.pt"]  # at the start, after each epoch
+    at_first, learnt, generated = (torch.load(path, weights_only=True)["model"] for path in states)
+    for part, still, moved in (
+        ("transform", (at_first, learnt), (learnt, generated)),
+        ("contrast", (learnt, generated), (at_first, learnt)),
+    ):
+        names = [name for name in learnt if name.startswith(f"generator.{part}.") and name.endswith("weight")]
+        assert names
+        for name in names:
+            assert torch.equal(still[0][name], still[1][name])
+            assert not torch.equal(moved[0][name], moved[1][name])
+
+
+def test_updates_skipped_in_float16_are_counted_and_training_goes_on(tmp_path, tiny_dataset):
+    """Of 20 updates the first ones overflow; each halves the scale, which begins at 65536."""
+    run = train(tmp_path, "run", "--epochs 10 --amp fp16 --ldam_loss_weight 1e3 --lr 1e-6")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    skipped = sum(row["skipped_batches"] for row in rows)
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert 0 < skipped < 20
+    assert state["scaler"]["scale"] == 65536 / 2**skipped
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_averaged_weights_are_the_ones_judged_and_saved(tmp_path, tiny_dataset):
     run = train(tmp_path, "run", "--epochs 1 --ema_decay 0.9")
     state, saved = torch.load(run / "state.pt", weights_only=True), load_file(run / "last.safetensors")
