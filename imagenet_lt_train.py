@@ -66,11 +66,12 @@ def main(args: argparse.Namespace) -> None:
     for warning in check_class_weights(args, folders.class_counts):
         warn(warning)
     run = RunFolder(args)
-    saved = read_state(run.path, device, quiet=True) if run.record else None
+    saved = read_state(run.path, quiet=True) if run.record else None
     if run.record and not saved:
         run.refuse_to_lose()
     if saved and saved["finished"]:
         say(f"{run.path} is finished; test it with: {run.test_command()}")
+        distributed.stop()
         return
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seed = run.record["seed"] if run.record else distributed.from_main(seed)
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():  # the others may look when it has begun
             run.check_unchanged()
-        saved = read_state(run.path, device) if run.record else None
+        saved = read_state(run.path) if run.record else None
         if saved:
             state.load(saved)
             run.check_same_start(record, state.epoch, state.step)
@@ -149,7 +150,7 @@ def fit(
         epoch = state.epoch
         set_learning_rate(state.optimizer, learning_rate(args, epoch))
         objective = build_objective(args, selection.class_counts, epoch).to(device)
-        if phase != (phase := model.start_phase(generates(args, epoch), *objective.trains())):
+        if phase != (phase := model.start_phase(generates(args, epoch), objective.trains_heads())):
             forward = distributed.data_parallel(model)
         batches = training.epoch(epoch, sampler_of(args, epoch), state.step)
         num_steps = steps_in_epoch(args, epoch, len(training))
@@ -176,7 +177,7 @@ def fit(
         if state.averaged is not None:
             distributed.share_buffers(state.judged)
         row, class_means = selection.judge(state.judged)
-        row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, args.supcon_views) | row
+        row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, training.views) | row
         for warning in unmoved_centers(row):
             warn(warning)
         run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))

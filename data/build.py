@@ -180,7 +180,7 @@ def build_training_loader(
         seed,
         device,
         mirrors(args, folders),
-        args.supcon_views,
+        args.supcon_views if args.add_supcon_loss else 1,
         _workers(args),
         args.cache_limit,
         tuple(args.augment),

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from data.images import read_image
 from data.synthesis import Job, Recipe
-from engine.errors import Failed, Refused
+from engine.errors import Failed, Refused, is_out_of_memory
 
 SCHEDULERS = {  # name: class in diffusers
     "ddim": "DDIMScheduler",
@@ -42,7 +42,7 @@ class Diffusion:
         try:
             self.pipeline = load_pipeline(recipe).to(device, getattr(torch, self.precision))
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise Failed(f"--model {recipe.model} does not fit into the memory of {device}; try --device cpu") from None
         self.pipeline.set_progress_bar_config(disable=True)
@@ -120,8 +120,3 @@ def refuse_other_pipelines(folder: Path) -> None:
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     if name not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
         raise Refused(f"--model {folder} holds a {name}; a StableDiffusionPipeline is needed")
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    words = ("out of memory", "can't allocate memory")  # GPUs and Apple's, the CPU's
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

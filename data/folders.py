@@ -66,6 +66,17 @@ class ImageFolders:
         """Whether a mirrored image keeps its class; true unless ``dataset.json`` says otherwise."""
         return self.about.get("hflip", True)
 
+    def names(self) -> dict[str, Path]:
+        """``split/class/name`` of every image, see `image_names`."""
+        return image_names(
+            self.root,
+            (
+                (split, self.classes[target], path)
+                for split, (paths, targets) in self.splits.items()
+                for path, target in zip(paths, targets, strict=True)
+            ),
+        )
+
     def untested(self, split: str) -> list[str]:
         """Classes without an image in ``split``: class means are taken over the others."""
         present = set(self.splits[split].targets)
@@ -187,15 +198,7 @@ def split_hash(folders: ImageFolders) -> str:
     Over the sorted lines ``split/class/name sha256(content)``. A ``split.json`` that lists the very same files, none
     of them changed after itself, carries the hash already; otherwise every file is read.
     """
-    names = image_names(
-        folders.root,
-        (
-            (split, folders.classes[target], path)
-            for split, (paths, targets) in folders.splits.items()
-            for path, target in zip(paths, targets, strict=True)
-        ),
-    )
-    path = folders.root / "split.json"
+    names, path = folders.names(), folders.root / "split.json"
     recorded = read_json(path, default={})
     if recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str):
         written = path.stat().st_ctime  # unlike mtime never that of a file which was copied or moved here

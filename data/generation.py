@@ -9,11 +9,11 @@ from hashlib import sha256
 import torch
 from tqdm import tqdm
 
-from data.diffusion import Diffusion, Drawn, out_of_memory
+from data.diffusion import Diffusion, Drawn
 from data.synthesis import Job, Manifest, Plan
 from data.synthetic_filters import Filters
 from engine.console import warn
-from engine.errors import Failed
+from engine.errors import Failed, is_out_of_memory
 from engine.files import write_atomically
 
 
@@ -64,7 +64,7 @@ def drawn_or_none(batch: list[Job], diffusion: Callable[[], Diffusion]) -> list[
     try:
         return diffusion().draw(batch)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return None
 

@@ -9,7 +9,7 @@ import torch
 
 from data.audit import Inspected, inspect_all
 from data.duplicates import near_duplicates
-from data.folders import ImageFolders, Split, image_names
+from data.folders import ImageFolders, Split
 from data.images import read_image
 from data.loaders import EvaluationLoader
 from engine.errors import Refused
@@ -67,14 +67,7 @@ class Filters:
 
     def __init__(self, folders: ImageFolders, folder: Path, agreement: Agreement | None, workers: int):
         self.classes, self.folder, self.agreement, self.workers = folders.classes, folder, agreement, workers
-        self.real = image_names(
-            folders.root,
-            (
-                (split, folders.classes[target], path)
-                for split, (paths, targets) in folders.splits.items()
-                for path, target in zip(paths, targets, strict=True)
-            ),
-        )
+        self.real = folders.names()
         self.inspected_real: list[Inspected] | None = None
         self.looks: dict[str, Look] = {}  # by file; each is looked at once
 

@@ -18,8 +18,7 @@ from engine.errors import Refused
 from engine.files import read_json
 from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
 from engine.optim import steps_in_epoch
-from engine.options import train_parser
-from engine.record import plain_flags, read_record, training_images
+from engine.record import default_flags, read_record, training_images
 from engine.run import MAY_CHANGE, read_log
 
 ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
@@ -125,7 +124,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             if one.record["seed"] == two.record["seed"]:
                 raise Refused(f"{one.folder} and {two.folder} have the same flags and seed; leave one of them out")
     settings = [_setting(group[0]) for group in members]
-    defaults = plain_flags(train_parser().parse_args([]))
+    defaults = default_flags()
     differing = [flag for flag in settings[0] if any(each[flag] != settings[0][flag] for each in settings)]
     flags = [
         ", ".join(f"{flag} {each[flag]}" for flag in differing if each[flag] != defaults.get(flag))

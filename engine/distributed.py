@@ -26,6 +26,8 @@ def start(device_name: str) -> torch.device:
         keep_freed_memory()
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise Refused("--device mps: this machine has none; try --device auto")
+    if device.type == "mps" and "WORLD_SIZE" in os.environ:
+        raise Refused("--device mps: several processes cannot share it; try --device cpu, or leave torchrun out")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():

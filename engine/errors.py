@@ -43,17 +43,17 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Python's, numpy's, or torch's on a GPU or a CPU, whose classes a script that does without torch need not load."""
+    """Python's, numpy's, or torch's, whose classes a script that does without torch need not load."""
+    words = ("out of memory", "allocate memory")  # a GPU, a CPU
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error))
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
 def _sentence(error: Exception) -> str:
     """What a user can do something about; any other `RuntimeError` is a defect and goes on as it is."""
     if is_out_of_memory(error):
-        on_gpu = f" ({str(error).splitlines()[0]})" if type(error).__name__ == "OutOfMemoryError" else ""
+        on_gpu = f" ({str(error).splitlines()[0]})" if "out of memory" in str(error) else ""
         return (
             f"out of memory{on_gpu}; try a smaller --batch_size, --cache_limit or image size, or less of what was set"
         )

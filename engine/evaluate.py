@@ -75,7 +75,7 @@ def chosen_logits(
 
 def class_means(predictions: Predictions, num_classes: int) -> np.ndarray:
     """Mean of the normalised features of each class [C, D], from predictions on un-augmented training images."""
-    features = predictions.features / np.maximum(np.linalg.norm(predictions.features, axis=1, keepdims=True), 1e-12)
+    features = metrics.unit_rows(predictions.features)
     sums = np.zeros((num_classes, features.shape[1]))
     np.add.at(sums, predictions.targets, features)
     return sums / np.bincount(predictions.targets, minlength=num_classes)[:, None]

@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"in a file of flags, {error}: {arg_line.strip()}")
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         try:
-            return super().parse_args(args, namespace)
+            return super().parse_known_args(args, namespace)
         except UnicodeDecodeError as error:
             self.error(f"a file of flags is not UTF-8 text: {error}")
         except RecursionError:

@@ -178,7 +178,7 @@ def bootstrap_intervals(
 
 def class_mean_logits(features: np.ndarray, class_means: np.ndarray, scale: float) -> np.ndarray:
     """Nearest class mean as logits: ``scale`` times the cosines between features [N, D] and class means [C, D]."""
-    return scale * _unit(features) @ _unit(class_means).T
+    return scale * unit_rows(features) @ unit_rows(class_means).T
 
 
 def mean_of_heads(logits: list[np.ndarray]) -> np.ndarray:
@@ -186,5 +186,5 @@ def mean_of_heads(logits: list[np.ndarray]) -> np.ndarray:
     return logsumexp([log_softmax(each, axis=1) for each in logits], axis=0) - np.log(len(logits))
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -17,8 +17,7 @@ from engine.errors import Refused
 from engine.files import write_atomically
 from engine.flags import command_line
 from engine.metrics import calibration_bins, confusion_matrix, per_class
-from engine.options import train_parser
-from engine.record import plain_flags
+from engine.record import default_flags
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 FIGURES = {  # key of metrics.json: its name for people, in the order of the page
@@ -75,7 +74,7 @@ def write_page(
     order = [row["index"] for row in rows]
     largest = max(row["train"] for row in rows)
     confusion = confusion_matrix(predictions.targets, predictions.predicted, len(order))[order][:, order]
-    defaults = plain_flags(train_parser().parse_args([]))
+    defaults = default_flags()
     page = template().render(
         run=name,
         result=result,

@@ -4,6 +4,7 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -37,6 +38,12 @@ REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "m
 def plain_flags(args: argparse.Namespace) -> dict:
     """The flags as JSON keeps them."""
     return {flag: str(value) if isinstance(value, Path) else value for flag, value in vars(args).items()}
+
+
+@functools.cache
+def default_flags() -> dict:
+    """Those of the train script, as `plain_flags` keeps them."""
+    return plain_flags(train_parser().parse_args([]))
 
 
 def new_record(
@@ -109,7 +116,7 @@ def read_record(folder: Path) -> dict:
         raise Refused(f"{path} is no record of a run: it lacks {', '.join(sorted(missing))}")
     if wrong := [name for name, is_sound in _soundness(record).items() if not is_sound]:
         raise Refused(f"{path} is damaged: no run has these {', '.join(wrong)}; put a copy in its place")
-    record["flags"] = plain_flags(train_parser().parse_args([])) | record["flags"]
+    record["flags"] = default_flags() | record["flags"]
     return record
 
 
@@ -137,14 +144,13 @@ def _soundness(record: dict) -> dict[str, bool]:
 
 def _are_flags(flags: dict) -> bool:
     """Whether the train script takes those of ``flags`` that it knows."""
-    parser = train_parser()
-    defaults = plain_flags(parser.parse_args([]))
+    defaults = default_flags()
     known = {name: value for name, value in flags.items() if name in defaults}
     if any(value is None and defaults[name] is not None for name, value in known.items()):
         return False
     words = command_line("", known, defaults)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        parser.parse_args(shlex.split(words)[2:])
+        train_parser().parse_args(shlex.split(words)[2:])
         return True
     return False
 

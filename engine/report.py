@@ -12,7 +12,7 @@ from scipy.special import softmax
 from data.folders import ImageFolders
 from engine.console import printable
 from engine.files import read_json, write_atomically, write_json
-from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class
+from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class, unit_rows
 from engine.page import Predictions, write_page
 from engine.record import read_log
 
@@ -275,7 +275,7 @@ def feature_map(features: np.ndarray) -> np.ndarray:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    unit = unit_rows(features)
     if not np.ptp(unit, axis=0).any():  # all alike, or a single row
         return np.zeros((len(unit), 2))
     components = PCA(min(50, *unit.shape), svd_solver="full").fit_transform(unit)

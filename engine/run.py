@@ -71,6 +71,13 @@ def run_name(args: argparse.Namespace) -> str:
     return "_".join(parts + ([] if args.seed is None else [f"seed{args.seed}"]))
 
 
+def as_given(value: object) -> str:
+    """The value of a flag as the command line has it."""
+    if value in (None, []):
+        return "left out"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 class RunFolder:
     """The folder of the run that the flags name. `record` is args.json of the run to go on with, None of a fresh one.
 
@@ -113,11 +120,12 @@ class RunFolder:
             recorded = self.record["flags"].get(flag)
             other_unit = flag in IN_EPOCHS and isinstance(value, float) != isinstance(recorded, float)
             if flag not in MAY_CHANGE and (value != recorded or (value and other_unit)):
-                was, remedy = (f"with --{flag} {recorded}", f"give {recorded}")
-                if recorded is None:
+                was, remedy = f"with --{flag} {as_given(recorded)}", f"give {as_given(recorded)}"
+                if recorded in (None, []):
                     was, remedy = f"without --{flag}", "leave it out"
                 raise Refused(
-                    f"{self.path} was started {was}, now it is {value}; {remedy} to go on, or another --run_name"
+                    f"{self.path} was started {was}, now it is {as_given(value)}; {remedy} to go on, or another "
+                    f"--run_name"
                 )
 
     def test_command(self) -> str:
@@ -209,7 +217,7 @@ class RunFolder:
 
     def nonfinite(self, error: NonFiniteLoss, state: TrainingState, paths: list[Path]) -> Exception:
         """Save what led to a loss that is not finite; what to raise about it."""
-        names = [str(paths[index]) for index in error.indices]
+        names = [str(paths[index]) for index in dict.fromkeys(error.indices)]  # once, of two views
         bad = [part for part, value in error.parts.items() if not math.isfinite(value)]
         report = {"epoch": state.epoch, "step": error.step, "bad": bad, "parts": error.parts, "files": names}
         reports = distributed.from_all(report)

@@ -74,13 +74,16 @@ class TrainingState:
                     if moment is not None and moment.shape == parameter.shape:
                         # in the order of the parameter, which may have been another: fused updates go by memory
                         moments[name] = torch.empty_like(parameter).copy_(moment)
-            self.sums = {name: value * distributed.is_main() for name, value in self.sums.items()}
+            device = next(self.model.parameters()).device
+            self.sums = {name: value.to(device) * distributed.is_main() for name, value in self.sums.items()}
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())
             raise Refused(f"the saved state is not of this model: {reason}; start again with --overwrite") from None
 
 
-def read_state(folder: Path, device: torch.device, quiet: bool = False) -> dict | None:
+def read_state(folder: Path, quiet: bool = False) -> dict | None:
     """The newest readable state, with a warning, unless ``quiet``, about a newer one that is not; None when nothing has
     been saved. Only tensors and plain values are loaded: no pickle is executed."""
     trouble = None
@@ -88,7 +91,7 @@ def read_state(folder: Path, device: torch.device, quiet: bool = False) -> dict 
         if path.exists():
             try:
                 with warnings.catch_warnings(action="ignore"):  # about the format of files that are not ours
-                    content = {"averaged": None} | torch.load(path, map_location=device, weights_only=True)
+                    content = {"averaged": None} | torch.load(path, map_location="cpu", weights_only=True)
                 if {entry.name for entry in fields(TrainingState)} - set(content):
                     raise ValueError
                 if trouble and not quiet:

@@ -125,7 +125,7 @@ def epoch_row(state: TrainingState, views: int) -> dict[str, float]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of the device's allocator on a GPU, of the whole process on a CPU."""
+    """Of the device's allocator with CUDA, of the whole process otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,7 @@ from engine import distributed
 from engine.console import say
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
+from engine.hardware import num_cores
 from engine.predictor import Predictor
 from engine.report import write_csv
 
@@ -34,7 +35,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     other = read_json(table.with_suffix(".json"), default={}).get("images")
     if table.exists() and other not in (None, about["images"]):
         raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")
-    size, workers = predictor.record["img_size"], predictor.args.workers
+    size, workers = predictor.record["img_size"], min(predictor.args.workers, num_cores())
     faults = distributed.from_main(unreadable(paths, size, workers) if distributed.is_main() else None)
     readable = [path for path, fault in zip(paths, faults, strict=True) if not fault]
     rows = iter(())
@@ -49,7 +50,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
     if broken := [fault for fault in faults if fault]:
         more = f"; and {len(broken) - 20} more without a class in {table}" if len(broken) > 20 else ""
-        raise Failed("; ".join(broken[:20]) + more)
+        raise Failed("; ".join(broken[:20]) + more) if distributed.is_main() else SystemExit(Failed.exit_code)
     return {"n": len(readable), "table": str(table)}
 
 

@@ -1,7 +1,8 @@
 """Losses: ``(logits, targets)`` or ``(features, targets)`` to a scalar. No parameters, only buffers.
 
-A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`. It
-takes ``row_weights`` for synthetic images, and `mean_over_processes` makes its mean that of all processes: see `FocalLoss`.
+A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`. Like
+`FocalLoss` it takes ``row_weights`` for synthetic images, and `mean_over_processes` makes its mean that of all
+processes.
 """
 
 import argparse

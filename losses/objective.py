@@ -83,22 +83,20 @@ class Objective(nn.Module):
         rows, targets = output.auxiliary.get("projections", output.features), output.targets
         prototypes = (output.auxiliary["prototypes"],) if isinstance(self.supcon, BalancedSupConLoss) else ()
         if self.supcon_generated == "none":
-            own = {} if row_weights is None else {"row_weights": row_weights[:num_real]}
-            return self.supcon(rows[:num_real], targets[:num_real], *prototypes, **own)
-        own = {} if row_weights is None else {"row_weights": row_weights}
+            real_weights = None if row_weights is None else row_weights[:num_real]
+            return self.supcon(rows[:num_real], targets[:num_real], *prototypes, row_weights=real_weights)
         if self.supcon_generated == "all" or "maps" not in output.auxiliary:
-            return self.supcon(rows, targets, *prototypes, **own)
+            return self.supcon(rows, targets, *prototypes, row_weights=row_weights)
         # also without generated rows in this process: the backward pass meets those of the others
-        loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real, **own)
+        loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real, row_weights=row_weights)
         maps = output.auxiliary["maps"]
         (gradient,) = torch.autograd.grad(loss, maps, retain_graph=True)
         # its gradient is the one to take away, its value is not; float32, or a loss scale of 65536 is inf in float16
         through_generator = (maps[num_real:].float() * gradient[num_real:].float()).sum()
         return loss - through_generator + through_generator.detach()
 
-    def trains(self) -> tuple[bool, bool]:
-        """Whether a loss reaches the heads, and whether one reaches the projections."""
-        return bool(self.head_terms), self.supcon is not None
+    def trains_heads(self) -> bool:
+        return bool(self.head_terms)
 
     def __str__(self) -> str:
         terms = [f"{term.factor:g} {term.text}" for term in self.head_terms]

@@ -68,8 +68,9 @@ def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_gene
     backbone = ARCHITECTURES[args.arch](args)
     width = backbone.num_features
     heads = build_heads(args, width, len(class_counts))
-    projection = _projection(width, args.supcon_projection_dim) if args.supcon_projection_dim else None
-    prototypes = None
+    projection = prototypes = None
+    if args.add_supcon_loss and args.supcon_projection_dim:
+        projection = _projection(width, args.supcon_projection_dim)
     if args.supcon_balance:  # through layers of their own, as in BCL; without a projection as they are
         prototypes = _projection(width, args.supcon_projection_dim) if args.supcon_projection_dim else nn.Identity()
     generator = build_generator(args, backbone.map_channels, class_counts) if with_generator else None

@@ -73,16 +73,14 @@ class LongTailClassifier(nn.Module):
         scales = {name: head.scale_of(features) for name, head in self.heads.items()}
         return Output(features, logits, scales, targets, auxiliary, mixed_logits, mixed_targets)
 
-    def start_phase(self, generating: bool, heads_trained: bool, projection_trained: bool) -> tuple[bool, ...]:
+    def start_phase(self, generating: bool, heads_trained: bool) -> tuple[bool, bool]:
         """Prepare an epoch. Parameters that no loss reaches are marked so: they keep no gradient, the optimiser leaves
         them alone, and several processes need not search for them. Returns the phase; equal phases are alike."""
         self.requires_grad_(True)
         self.zero_grad()
         self.backbone.requires_grad_(not self.freeze_backbone)
         self.heads.requires_grad_(heads_trained)
-        if self.projection is not None:
-            self.projection.requires_grad_(projection_trained)
         if self.generator is not None:
             self.generator.generating = generating
             self.generator.idle_module().requires_grad_(False)
-        return generating, heads_trained, projection_trained
+        return generating, heads_trained

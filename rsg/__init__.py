@@ -65,5 +65,5 @@ def build_generator(args: argparse.Namespace, channels: int, class_counts: Seque
     generator = RareSampleGenerator(
         channels, class_counts, args.head_tail_ratio, args.rsg_centers, args.rsg_contrast_dim, args.rsg_strength
     )
-    generator.pair_shift = 1 if args.supcon_views == 2 else 0
+    generator.pair_shift = 1 if args.add_supcon_loss and args.supcon_views == 2 else 0
     return generator

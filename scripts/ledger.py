@@ -74,6 +74,7 @@ PAGE_ROWS = {  # name of the data's folder: its rows; any other folder has those
     "digits": ANY_FOLDER,
     "mini-ImageNet": ORIGINAL | {"mini_imagenet": Row("logit-adjusted CE")} | ANY_FOLDER,
 }
+ALL_ROWS = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
 
 ABOUT = """# Ledger of measured recipes
 
@@ -153,8 +154,7 @@ def entry_of(run: Run) -> dict:
     """The ledger's line of a run. `Refused` when it is not one of a row, or was tested on other images."""
     record, flags = run.record, run.record["flags"]
     row, _, seed = run.folder.name.rpartition("_seed")
-    rows = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
-    if row not in rows or seed != str(record["seed"]):
+    if row not in ALL_ROWS or seed != str(record["seed"]):
         raise Refused(f"{run.folder} is not named after a row of the ledger and its seed, like cifar_rsg_seed0")
     if "hardware" not in record or flags["max_steps"] is not None:
         raise Refused(f"{run.folder} is a smoke run, or too old to say on what hardware it ran; train it again")
@@ -165,7 +165,7 @@ def entry_of(run: Run) -> dict:
     if "resumed" in record:
         changed = ", ".join(sorted({name for change in record["resumed"] for name in change} - {"epoch", "step"}))
         raise Refused(f"{run.folder} went on under other circumstances ({changed}): its figures are of neither")
-    command, told = command_of(flags, rows[row].recipe or row, record["seed"])
+    command, told = command_of(flags, ALL_ROWS[row].recipe or row, record["seed"])
     return {
         "row": row,
         "data": Path(flags["data_dir"]).name,
@@ -196,7 +196,10 @@ def command_of(flags: dict, recipe: str, seed: int) -> tuple[str, dict]:
     ours |= {"data_dir": f"data/{Path(flags['data_dir']).name}", "seed": seed}
     ours |= {name: Path(flags[name]).name for name in FILES if flags[name] is not None}
     words = command_line("", ours, told).split(" ", 2)[2]
-    again = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}", *shlex.split(words)]))
+    try:
+        again = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}", *shlex.split(words)]))
+    except SystemExit:
+        raise Refused(f"{file} takes no {words}: the run was not trained with this recipe") from None
     if changed := [name for name, value in ours.items() if again[name] != value]:
         raise Refused(f"--{changed[0]} {ours[changed[0]]} is not what {file} says, and no flag takes that back")
     return f"python imagenet_lt_train.py {file} {words}", told
@@ -205,9 +208,8 @@ def command_of(flags: dict, recipe: str, seed: int) -> tuple[str, dict]:
 def page(entries: list[dict]) -> str:
     """docs/ledger.md: a table of each data set, and how each of its rows was measured."""
     text = [ABOUT]
-    all_rows = {name: row for rows in PAGE_ROWS.values() for name, row in rows.items()}
     for data in dict.fromkeys([*PAGE_ROWS, *(entry["data"] for entry in entries)]):
-        measured = {entry["row"]: all_rows[entry["row"]] for entry in entries if entry["data"] == data}
+        measured = {entry["row"]: ALL_ROWS[entry["row"]] for entry in entries if entry["data"] == data}
         rows = PAGE_ROWS.get(data, ANY_FOLDER)
         rows = rows | {name: row._replace(published="") for name, row in measured.items() if name not in rows}
         text += [f"\n## {data}\n", *HEADER]

@@ -17,6 +17,7 @@ from data.downloads import download_cifar
 from data.long_tail import IMBALANCES, Profile, draw, resolved_class_order
 from data.preparation import publish, refuse_foreign_output, scratch_folder
 from data.sources import CIFAR_KINDS, SOURCES
+from engine.console import say
 from engine.errors import Refused, one_line_errors
 from engine.flags import Parser, add_switch, given_path, number_in
 
@@ -67,7 +68,7 @@ def main(args) -> None:
                     f"shorten it with --{split}_per_class"
                 )
         profile = drawing_profile(args, source.profile, sorted(source.splits["train"]))
-        print(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
+        say(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
 
 
 def name_of(source: Path) -> str:

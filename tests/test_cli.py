@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -260,12 +261,15 @@ def test_last_weights_stand_beside_the_best(everything):
     assert (everything / "test_last" / "metrics.json").exists()
 
 
-def test_a_run_loads_in_three_lines(everything, digits):
-    model, transform, classes = load_run(everything)
-    image = Image.open(next((digits / "test" / "3").iterdir())).convert("RGB")
-    logits = model(transform(image)[None]).logits["main"]
-    assert logits.shape == (1, len(classes))
-    assert not model.training
+def test_a_run_predicts_in_python_as_the_readme_says(everything, digits, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "photos").symlink_to(everything)
+    Image.open(next((digits / "test" / "3").iterdir())).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    assert capsys.readouterr().out.strip() in names["classes"] == [str(digit) for digit in range(10)]
+    assert not names["model"].training
 
 
 def test_without_val_the_last_epoch_is_the_model(tmp_path, tiny_dataset, capsys):

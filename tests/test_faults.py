@@ -59,7 +59,11 @@ def has_saved(folder: Path) -> bool:
     return (folder / "run" / "state.pt").exists()
 
 
-@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def on_a_full_gpu(size: int) -> None:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty, on_a_full_gpu])
 def test_memory_that_is_not_there_is_one_line(capsys, allocate):
     line = failure(capsys, lambda: one_line_errors(allocate)(2**58))
     assert line.startswith("error: out of memory")
@@ -71,7 +75,7 @@ def test_a_file_deleted_during_training_is_named(tmp_path, tiny_dataset, capsys)
     line = failure(capsys, lambda: train(tmp_path, tiny_dataset, *FROM_FILES))
     thread.join()
     assert str(victim) in line
-    assert read_state(tmp_path / "run", "cpu")["epoch"] >= 1
+    assert read_state(tmp_path / "run")["epoch"] >= 1
 
 
 def test_a_killed_worker_is_reported(tmp_path, tiny_dataset, capsys):
@@ -85,7 +89,7 @@ def test_a_killed_worker_is_reported(tmp_path, tiny_dataset, capsys):
     line = failure(capsys, lambda: train(tmp_path, tiny_dataset, *FROM_FILES))
     thread.join()
     assert "a data worker died" in line
-    assert read_state(tmp_path / "run", "cpu")["epoch"] >= 1
+    assert read_state(tmp_path / "run")["epoch"] >= 1
 
 
 def limited(flags: list[str], file_size: int) -> subprocess.CompletedProcess:

@@ -183,10 +183,17 @@ def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, 
     assert "is a smoke run" in refusal(tmp_path / "any_folder_seed0", capsys)
 
 
-def test_a_flag_that_no_command_takes_back_is_refused():
-    told = vars(imagenet_lt_train.parse_args([f"@{ROOT}/scripts/recipes/cifar_ldam_drw.txt"]))
-    with pytest.raises(Refused, match="--drw_epoch None is not what"):
-        ledger.command_of(told | {"drw_epoch": None}, "cifar_ldam_drw", 0)
+@pytest.mark.parametrize(
+    ("recipe", "flag", "value", "words"),
+    [
+        ("cifar_ldam_drw", "drw_epoch", None, "--drw_epoch None is not what"),
+        ("cifar_best", "augment", [], "takes no --augment"),
+    ],
+)
+def test_a_flag_that_no_command_takes_back_is_refused(recipe, flag, value, words):
+    told = vars(imagenet_lt_train.parse_args([f"@{ROOT}/scripts/recipes/{recipe}.txt"]))
+    with pytest.raises(Refused, match=words):
+        ledger.command_of(told | {flag: value}, recipe, 0)
 
 
 def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path):

@@ -133,12 +133,13 @@ def test_resume_starts_a_run_that_is_not_there_and_leaves_a_finished_one_alone(t
 def test_resume_refuses_another_flag_and_names_both_values(tmp_path, tiny_dataset, capsys):
     train(tmp_path, tiny_dataset)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        train(tmp_path, tiny_dataset, "--resume", "--lr", "0.5")
-    line = capsys.readouterr().err
-    assert error.value.code == 2
-    assert "0.02" in line
-    assert "0.5" in line
+    for more, words in (
+        ("--lr 0.5", "with --lr 0.02, now it is 0.5; give 0.02"),
+        ("--augment cutout", "without --augment, now it is cutout; leave it out"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            train(tmp_path, tiny_dataset, "--resume", *more.split())
+        assert words in capsys.readouterr().err
 
 
 def test_resume_refuses_a_share_of_the_epochs_in_place_of_an_epoch(tmp_path, tiny_dataset, capsys):
@@ -284,7 +285,7 @@ def test_a_pickle_bomb_does_not_go_off(tmp_path, capsys):
     torch.save({"model": Bomb(tmp_path / "exploded")}, tmp_path / "state.pt")
     whole = {entry.name: 1 for entry in fields(TrainingState)}
     torch.save(whole, tmp_path / "state.previous.pt")
-    assert read_state(tmp_path, torch.device("cpu")) == whole
+    assert read_state(tmp_path) == whole
     assert "cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
 
@@ -301,20 +302,22 @@ def test_the_state_of_another_architecture_is_refused(tmp_path, tiny_dataset, ca
 
 
 def test_a_non_finite_loss_keeps_the_model_of_the_step_before(tmp_path, tiny_dataset, capsys):
+    flags = ["--lr", "1e6", "--ema_decay", "0.5", "--supcon_views", "2"]
     with pytest.raises(SystemExit) as error:
-        train(tmp_path, tiny_dataset, "--lr", "1e6", "--ema_decay", "0.5")
+        train(tmp_path, tiny_dataset, *flags)
     assert error.value.code == 1
     run = tmp_path / "run"
     report = json.loads((run / "nonfinite.json").read_text())
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"epoch {report['epoch']}, step {report['step']}" in line
     assert all(Path(name).exists() for name in report["files"])
+    assert len(set(report["files"])) == len(report["files"]) == 4
     state = torch.load(run / "state.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (report["epoch"], report["step"])
     assert report["epoch"] == 0
     stopped = ["--save_every_steps", "1", "--max_steps", str(report["step"])]
     with contextlib.suppress(SystemExit):  # its validation may not be finite, its last update is
-        train(tmp_path / "before", tiny_dataset, "--lr", "1e6", "--ema_decay", "0.5", *stopped)
+        train(tmp_path / "before", tiny_dataset, *flags, *stopped)
     expected = torch.load(tmp_path / "before" / "run" / "state.pt", weights_only=True)
     assert expected["step"] in (report["step"], 0)  # 0 of the next epoch
     for model in ("model", "averaged"):

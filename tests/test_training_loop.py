@@ -80,6 +80,16 @@ def test_the_generators_parts_stay_as_they_are_out_of_their_phase(tmp_path, tiny
             assert not torch.equal(moved[0][name], moved[1][name])
 
 
+def test_views_and_projection_of_a_loss_that_is_off_change_nothing(tmp_path, tiny_dataset):
+    words = "--epochs 1 --add_rsg True"
+    runs = [
+        train(tmp_path, name, words + more)
+        for name, more in (("plain", ""), ("idle", " --supcon_views 2 --supcon_projection_dim 8"))
+    ]
+    contents = [(run / "last.safetensors").read_bytes() for run in runs]
+    assert contents[0] == contents[1]
+
+
 def test_updates_skipped_in_float16_are_counted_and_training_goes_on(tmp_path, tiny_dataset):
     """Of 20 updates the first ones overflow; each halves the scale, which begins at 65536."""
     run = train(tmp_path, "run", "--epochs 10 --amp fp16 --ldam_loss_weight 1e3 --lr 1e-6")

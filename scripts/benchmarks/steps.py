@@ -74,7 +74,7 @@ class TrainingSteps:
         if args.compile:
             model.backbone.compile()
         self.objective = build_objective(args, class_counts).to(device)
-        model.start_phase(generating, *self.objective.trains())
+        model.start_phase(generating, self.objective.trains_heads())
         self.state = TrainingState(model, optimizer, build_scaler(self.amp_dtype, device))
         self.guard = NonFiniteGuard(model, optimizer, self.amp_dtype == torch.float16, args.accumulate_steps)
         self.clip = build_clip(model, args.clip_grad_norm)
@@ -99,7 +99,7 @@ class TrainingSteps:
 
 class BareSteps:
     """Forward and backward of the bare network with a linear layer and cross-entropy, and nothing else. With
-    ``momentum`` the optimiser's step too."""
+    ``with_optimizer`` the optimiser's step too."""
 
     def __init__(self, args: argparse.Namespace, num_classes: int, device: torch.device, with_optimizer: bool = False):
         torch.manual_seed(0)
