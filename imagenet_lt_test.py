@@ -54,21 +54,26 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     summary = metrics.summary(logits, targets, counts, groups) | {"epoch": predictor.epoch}
     result = {"split": args.split, "weights": predictor.weights, "predict_with": predictor.head, **summary}
     result["ece_groups"] = metrics.calibration_by_group(logits, targets, groups)
+    images = np.bincount(targets, minlength=len(counts))
+    tested = images > 0
     if predictor.test_prior is not None:
         result["test_prior"] = args.test_prior
         result["top1_under_prior"] = metrics.accuracy_under_prior(logits, targets, predictor.test_prior)
+        result["prior_tested"] = float(predictor.test_prior[tested].sum())
     result["intervals"] = metrics.bootstrap_intervals(logits, targets, groups)
-    images = np.bincount(targets, minlength=len(counts))
-    tested, result["fewest_images"] = images > 0, int(images[images > 0].min())
+    result["fewest_images"] = int(images[tested].min())
     result["counts"] = {name: int((members & tested).sum()) for name, members in groups.items() if name in result}
     result["split_hash"], result["weights_hash"] = split_hash(folders), predictor.weights_hash
     result |= synthetic_use(record) | {"shot_thresholds": args.shot_thresholds}
+    is_own = result["split_hash"] == record["split_hash"]
+    if args.split == "val" and is_own and (predictor.weights == "best" or "tau" in record):
+        result["chosen_on_these_images"] = True
     if predictor.weights == "last":
         result["last"] = summary
     else:
         last = Predictor(args, run, predictor.device, "last")
         result["last"] = metrics.summary(last(loader, "testing")[0], targets, counts, groups) | {"epoch": last.epoch}
-    if args.data_dir is None and args.list_dir is None and result["split_hash"] != record["split_hash"]:
+    if args.data_dir is None and args.list_dir is None and not is_own:
         warn(f"{folders.root} no longer holds the images that the run was trained with")
 
     folder = run / f"{args.split}{predictor.suffix()}"

@@ -55,6 +55,7 @@ class Pair(NamedTuple):
     p: float  # McNemar's, over the pairs of runs
     p_holm: float  # and over all pairs of groups
     p_seeds: float | None  # Welch's t-test of the balanced accuracies of the runs
+    p_seeds_holm: float | None = None  # and over all pairs that have one
 
 
 def what_is_missing(folder: Path) -> str | None:
@@ -222,8 +223,12 @@ def paired_tests(groups: Sequence[Group]) -> list[Pair]:
             if first in column and second in column:
                 change = {name: each[:, column[second]] - each[:, column[first]] for name, each in draws.items()}
                 found.append(_pair(groups[first], groups[second], change))
-    adjusted = holm([pair.p for pair in found])
-    return [pair._replace(p_holm=p) for pair, p in zip(found, adjusted, strict=True)]
+    over_images = holm([pair.p for pair in found])
+    over_seeds = iter(holm([pair.p_seeds for pair in found if pair.p_seeds is not None]))
+    return [
+        pair._replace(p_holm=p, p_seeds_holm=None if pair.p_seeds is None else next(over_seeds))
+        for pair, p in zip(found, over_images, strict=True)
+    ]
 
 
 def _pair(first: Group, second: Group, draws: dict[str, np.ndarray]) -> Pair:

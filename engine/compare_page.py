@@ -30,12 +30,12 @@ NOTES = (
     "100, 20 to 100, fewer than 20 training images. Parameters: those of the tested model, without the generator. Peak "
     "memory: of the allocator on a GPU, of the process on a CPU.",
     "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test "
-    "images, resampled within their class, the same for both (1,000 resamples). McNemar: images that only the first : "
-    "only the second gets right, for each pair of runs (k-th seed with k-th seed); p, images: exact, two-sided, the "
-    "smallest times the number of such pairs; p, Holm: corrected for all comparisons here. All of these ask whether "
+    "images, resampled within their class, the same for both (1,000 resamples): too narrow where classes have few test "
+    "images. McNemar: images that only the first : only the second gets right, for each pair of runs (k-th seed with "
+    "k-th seed); p, images: exact, two-sided, the smallest times the number of such pairs. All of these ask whether "
     "these trained models differ on other test images; with many images they nearly always do.",
     "p, seeds: Welch's t-test of the balanced accuracies of the runs asks whether the settings differ with other "
-    "seeds; it needs two seeds of both, and has little power with three.",
+    "seeds; it needs two seeds of both, and has little power with three. Holm: corrected for all comparisons here.",
 )
 
 
@@ -84,9 +84,9 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
             value, low, high = (100 * number for number in pair.differences.get(name, [np.nan] * 3))
             cells.append(Cell(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", value) if value == value else Cell("–"))
         images = ", ".join(f"{first} : {second}" for first, second in pair.discordant)
-        p_values = [_p_cell(p) for p in (pair.p, pair.p_holm, pair.p_seeds)]
+        p_values = [_p_cell(p) for p in (pair.p, pair.p_holm, pair.p_seeds, pair.p_seeds_holm)]
         rows.append([*cells, Cell(images, sum(map(sum, pair.discordant))), *p_values])
-    return Table([*titles, "McNemar", "p, images", "p, Holm", "p, seeds"], rows)
+    return Table([*titles, "McNemar", "p, images", "p, images, Holm", "p, seeds", "p, seeds, Holm"], rows)
 
 
 def _p_cell(p: float | None) -> Cell:

@@ -92,9 +92,14 @@ def accuracy_under_prior(logits: np.ndarray, targets: np.ndarray, prior: np.ndar
 
 
 def calibration_by_group(logits: np.ndarray, targets: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, float]:
-    """Expected calibration error over the rows whose true class is in a group; a group without rows is left out."""
-    confidence, correct = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == targets
-    rows_of = {name: members[targets] for name, members in groups.items()}
+    """Expected calibration error over the rows whose predicted class is in a group; a group without rows is left out.
+
+    By the true class, which no prediction knows, a calibrated model would look underconfident on frequent classes and
+    overconfident on rare ones.
+    """
+    predicted = logits.argmax(axis=1)
+    confidence, correct = softmax(logits, axis=1).max(axis=1), predicted == targets
+    rows_of = {name: members[predicted] for name, members in groups.items()}
     return {
         name: expected_calibration_error(confidence[rows], correct[rows])
         for name, rows in rows_of.items()

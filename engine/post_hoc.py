@@ -140,7 +140,11 @@ def table(rows: dict[str, dict], val: Labelled) -> str:
         lines.append(f"{missing} of {len(images)} classes have no val image: they have no say in tau and T")
     if not TEMPERATURES[0] * 1.01 < rows["temperature"]["temperature"] < TEMPERATURES[1] / 1.01:
         lines.append("T is at the end of its range: val has too few images, or too few mistakes, to fit it")
-    if "tau_normalisation" not in rows:
+    for name in [name for name, row in rows.items() if row.get("tau") == TAUS[-1]]:
+        lines.append(f"tau of the {name.replace('_', ' ')} is at the end of its range")
+    if "tau_normalisation" in rows:
+        lines.append("tau-normalised logits have another scale: their NLL and ECE do not compare")
+    else:
         lines.append("no tau-normalisation: only a Linear head has norms to divide by")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from engine.errors import Refused
 from engine.evaluate import chosen_logits, class_means, default_head, predict
 from engine.numerics import autocast_dtype
 from engine.priors import model_prior, read_prior, reweighted
-from engine.record import read_record
+from engine.record import read_record, real_class_counts
 from engine.run import default_weights, pixels_of, read_weights, trained_model
 from models.heads import margin_heads_on
 
@@ -47,7 +47,9 @@ class Predictor:
             )
         if args.test_prior is not None and "tau" in self.record:
             raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
-        self.test_prior = None if args.test_prior is None else read_prior(args.test_prior, classes, counts)
+        self.test_prior = None
+        if args.test_prior is not None:
+            self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
         self.model_prior = None
         if self.test_prior is not None:

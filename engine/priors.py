@@ -30,7 +30,8 @@ def model_prior(
     which is a mean over rows and not over weights. Plain cross-entropy gives the training prior; inverse-frequency
     weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
     is fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
-    class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none.
+    class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none; and
+    for label smoothing, of which an equal share for each class stays, however rare it is.
     """
     if head == "ncm":
         return np.full(len(class_counts), 1 / len(class_counts))
@@ -41,6 +42,8 @@ def model_prior(
     drawn = _normalised(mass if power is None else counts**power * mass / images)
     prior, adjustments = np.zeros(len(class_counts)), []
     for term in build_objective(args, class_counts, epoch).head_terms:
+        if args.label_smoothing and not isinstance(term.loss_fn, FocalLoss):
+            raise Refused("--test_prior: after --label_smoothing the softmax stands for no prior that is known")
         if term.head == ("main" if head == "mean" else head):  # all heads have the same losses
             buffers = {name.split(".")[-1]: value.double().numpy() for name, value in term.loss_fn.named_buffers()}
             adjustments.append(buffers.get("adjustments", np.zeros(len(counts))))
@@ -65,7 +68,7 @@ def _images(flags: dict, class_counts: list[int], synthetic_counts: list[int] | 
 
 
 def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.ndarray:
-    """The prior [C], sum 1, that ``word`` names: ``uniform``, ``train`` (the training images' shares), or a file.
+    """The prior [C], sum 1, that ``word`` names: ``uniform``, ``train`` (the shares of ``class_counts``), or a file.
 
     A file holds lines ``class value``, or one JSON object {class: value} if it is named ``.json``. Values are above 0
     and are divided by their sum, so that counts will do. `Refused` unless it names every class once.

@@ -177,6 +177,13 @@ def synthetic_use(record: dict) -> dict:
     return {"synthetic": {"images": made, "share": made / training_images(record), "weight": weight}}
 
 
+def real_class_counts(record: dict) -> list[int]:
+    """Training images by class, without synthetic ones."""
+    if not record["flags"]["count_synthetic"] or "synthetic_counts" not in record:
+        return record["class_counts"]
+    return [all_ - made for all_, made in zip(record["class_counts"], record["synthetic_counts"], strict=True)]
+
+
 def training_images(record: dict) -> int:
     """All that an epoch goes through, real and synthetic."""
     uncounted = 0 if record["flags"]["count_synthetic"] else sum(record.get("synthetic_counts", []))

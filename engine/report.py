@@ -14,7 +14,7 @@ from engine.console import printable
 from engine.files import read_json, write_atomically, write_json
 from engine.metrics import calibration_bins, confusion_matrix, expected_calibration_error, per_class, unit_rows
 from engine.page import Predictions, write_page
-from engine.record import read_log
+from engine.record import read_log, real_class_counts
 
 REPORT_FILES = (
     "metrics.json",
@@ -58,10 +58,9 @@ def write_report(
     confusion = confusion_matrix(targets, predicted, len(classes))
     files = [os.path.relpath(path, folders.root) for path in paths]
     write_atomically(folder / "logits.npz", lambda file: np.savez_compressed(file, logits=logits, targets=targets))
-    real, synthetic = np.array(counts), record.get("synthetic_counts")
-    if synthetic and record["flags"]["count_synthetic"]:
-        real -= synthetic
-    write_per_class(folder / "per_class.csv", confusion, classes, real.tolist(), synthetic)
+    write_per_class(
+        folder / "per_class.csv", confusion, classes, real_class_counts(record), record.get("synthetic_counts")
+    )
     write_predictions(folder / "predictions.csv", files, targets, probabilities, classes)
     names = [printable(name) for name in record["readable_names"]]
     plot_accuracy_by_class(folder / "accuracy_by_class.png", per_class(confusion)[0], names, counts, groups)
@@ -89,15 +88,21 @@ def table(result: dict) -> str:
             number = f"  {number_of_classes(result['counts'][name])}" if name in result["counts"] else ""
             lines.append(f"{name:18s} {value}{interval}{number}")
         if name == "ece" and result.get("ece_groups"):
-            lines.append(" " * 22 + ", ".join(f"{group} {100 * e:.2f}" for group, e in result["ece_groups"].items()))
+            groups = ", ".join(f"{group} {100 * e:.2f} %" for group, e in result["ece_groups"].items())
+            lines.append(f"{'  predicted as':18s} {groups}")
+    lines.append("[ ]: 95 % bootstrap intervals, too narrow where recalls are near 0 or 1; nll in nats")
     if result["fewest_images"] < FEW_IMAGES:
         lines.append(f"the intervals are too narrow: a class has only {result['fewest_images']} of these images")
+    if "chosen_on_these_images" in result:
+        lines.append("the weights were chosen on these very images: expect less of others")
     if "synthetic" in result:
         images, share, weight = result["synthetic"].values()
         lines.append(f"trained with {images} synthetic images, {share:.1%} of all, of weight {weight:g}")
     if "test_prior" in result:
         lines.append(f"predicted for the class prior {result['test_prior']}: {100 * result['top1_under_prior']:.2f} % ")
-        lines[-1] += "top1 to expect where it holds; the figures above are of the images as they are"
+        tested = result["prior_tested"]
+        part = "" if tested > 0.9999 else f" on the {100 * tested:.1f} % of images whose classes were tested"
+        lines[-1] += f"top1 to expect where it holds{part}; the figures above are of the images as they are"
     return "\n".join(lines)
 
 

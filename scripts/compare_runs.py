@@ -141,10 +141,8 @@ def pair_rows(pairs: list[Pair]) -> list[dict]:
         for name, (value, low, high) in pair.differences.items():
             row |= {f"{name}_difference": value, f"{name}_low": low, f"{name}_high": high}
         images = [":".join(map(str, numbers)) for numbers in pair.discordant]
-        rows.append(
-            row
-            | {"only_first:only_second": " ".join(images), "p": pair.p, "p_holm": pair.p_holm, "p_seeds": pair.p_seeds}
-        )
+        row |= {"only_first:only_second": " ".join(images), "p": pair.p, "p_holm": pair.p_holm}
+        rows.append(row | {"p_seeds": pair.p_seeds, "p_seeds_holm": pair.p_seeds_holm})
     return rows
 
 

@@ -283,8 +283,22 @@ def test_the_difference_of_groups_is_that_of_their_means_on_the_same_images(make
     assert set(pair.differences) == {"balanced_accuracy", "top1", "many", "medium", "few"}
     assert pair.discordant == [(0, 15), (0, 16)]  # fewer wrong ones of the same permutation
     assert pair.p == pytest.approx(2 * 2 / 2**16)  # the smaller of two, twice
-    assert pair.p_holm == pair.p
+    assert (pair.p_holm, pair.p_seeds_holm) == (pair.p, pair.p_seeds)
     assert pair.p_seeds == pytest.approx(welch([1 - 18 / 90, 1 - 19 / 90], [1 - 3 / 90] * 2))
+
+
+def test_p_values_over_seeds_are_corrected_for_the_pairs_that_have_one(make_run):
+    wrong = {"a": (18, 19), "b": (3, 4), "c": (10, 15), "d": (9,)}
+    folders = [
+        make_run(f"{name}_seed{seed}", seed, wrong=number, lr=1.0 + index)
+        for index, (name, numbers) in enumerate(wrong.items())
+        for seed, number in enumerate(numbers)
+    ]
+    pairs = paired_tests(grouped([read_run(folder) for folder in folders]))
+    known = [pair for pair in pairs if pair.p_seeds is not None]
+    assert [(pair.first.name, pair.second.name) for pair in known] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [pair.p_seeds_holm for pair in known] == holm([pair.p_seeds for pair in known])
+    assert all(pair.p_seeds_holm is None for pair in pairs if pair.p_seeds is None)
 
 
 def welch(values: list[float], others: list[float]) -> float:

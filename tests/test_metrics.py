@@ -147,14 +147,23 @@ def test_the_calibration_error_of_a_group_is_that_of_its_rows_alone():
     errors = calibration_by_group(logits, targets, shot_groups(COUNTS))
     assert list(errors) == ["many", "medium", "few"]
     for name, classes in (("many", {0, 1}), ("medium", {2, 3, 4}), ("few", {5, 6})):
-        rows = [row for row, target in enumerate(targets) if target in classes]
+        rows = [row for row, guess in enumerate(logits.argmax(axis=1)) if guess in classes]
         expected = slow_calibration_error([confidence[row] for row in rows], [correct[row] for row in rows])
         assert errors[name] == pytest.approx(expected, **EXACT)
 
 
 def test_a_group_without_rows_has_no_calibration_error():
-    logits, targets = random_test([0, 2])
+    logits, targets = random_test()
+    logits[:, [5, 6]] = -100  # never predicted
     assert list(calibration_by_group(logits, targets, shot_groups(COUNTS))) == ["many", "medium"]
+
+
+def test_a_calibrated_model_is_calibrated_in_every_group():
+    """It knows nothing but the frequencies, 9 to 1: by the true class it would be 0.1 and 0.9 off."""
+    targets = np.array([0] * 9 + [1])
+    logits = np.log([[0.9, 0.1]] * 10)
+    errors = calibration_by_group(logits, targets, {"many": np.array([True, False]), "few": np.array([False, True])})
+    assert errors == {"many": pytest.approx(0, abs=1e-12)}
 
 
 def test_the_accuracy_under_a_prior_is_that_of_a_test_drawn_from_it():

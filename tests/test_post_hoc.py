@@ -143,6 +143,15 @@ def test_only_a_linear_head_is_tau_normalised():
         rows = compare(val, val, [40, 30, 20, 10], {}, asked, np.array([0.4, 0.3, 0.2, 0.1]))
         assert ("tau_normalisation" in rows) is there
         assert ("only a Linear head" in post_hoc.table(rows, val)) is not there
+        assert ("their NLL and ECE do not compare" in post_hoc.table(rows, val)) is there
+
+
+def test_a_tau_at_the_end_of_its_range_is_named(trained):
+    val = labelled(trained, COUNTS, 5)
+    rows = compare(val, val, COUNTS, {}, None, PRIOR)
+    assert "end of its range" not in post_hoc.table(rows, val)
+    rows["logit_adjustment"]["tau"] = post_hoc.TAUS[-1]
+    assert "tau of the logit adjustment is at the end of its range" in post_hoc.table(rows, val)
 
 
 # --- temperature

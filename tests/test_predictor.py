@@ -71,7 +71,13 @@ def test_every_file_of_the_specification_is_there(run, tested):
     figures = {f"{name}.png" for name in ("accuracy_by_class", "confusion", "reliability", "features")}
     assert tables | figures <= {path.name for path in (run / "test").iterdir()}
     assert json.loads((run / "test" / "metrics.json").read_text())["ece_groups"] == tested["ece_groups"]
-    assert list(tested["ece_groups"]) == ["few", "head", "tail"]
+    assert tested["ece_groups"]["few"] == pytest.approx(tested["ece"])  # all classes are
+
+
+def test_a_test_on_val_says_that_the_weights_were_chosen_there(run, tested):
+    assert "chosen_on_these_images" not in tested
+    assert ask(run, "--split", "val")["chosen_on_these_images"]
+    assert "chosen_on_these_images" not in ask(run, "--split", "val", "--weights", "last")
 
 
 def test_the_hash_is_that_of_the_weights_that_answer(run, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from engine.errors import Refused
 from engine.options import train_parser
 from engine.priors import model_prior, read_prior, training_prior
+from engine.record import real_class_counts
 
 CLASSES, COUNTS = ["common", "house finch", "rare"], [90, 9, 1]
 TRAIN, UNIFORM = [0.9, 0.09, 0.01], [1 / 3] * 3
@@ -51,6 +52,20 @@ def test_a_logit_adjusted_loss_beside_another_has_no_prior():
     args = vars(train_parser().parse_args([*CE, "--add_logit_adjusted_loss"]))
     with pytest.raises(Refused, match="no prior that is known"):
         model_prior(args, COUNTS, "main", 9)
+
+
+def test_label_smoothing_leaves_no_prior_but_in_focal():
+    args = train_parser().parse_args([*CE, "--label_smoothing", "0.1"])
+    with pytest.raises(Refused, match="label_smoothing"):
+        model_prior(vars(args), COUNTS, "main", 9)
+    args.add_cross_entropy_loss, args.add_focal_loss = False, True
+    np.testing.assert_allclose(model_prior(vars(args), COUNTS, "main", 9), TRAIN, rtol=1e-6)
+
+
+def test_real_counts_are_without_synthetic_images_where_these_are_counted():
+    record = {"class_counts": [90, 29, 6], "synthetic_counts": [0, 20, 5], "flags": {"count_synthetic": True}}
+    assert real_class_counts(record) == [90, 9, 1]
+    assert real_class_counts(record | {"flags": {"count_synthetic": False}}) == [90, 29, 6]
 
 
 def test_the_training_prior_counts_synthetic_images_by_their_weight():

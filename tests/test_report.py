@@ -122,6 +122,7 @@ def test_the_table_gives_percentages_with_their_intervals_and_nats():
         "few                 50.00 %  [40.00, 60.00]  4 classes",
         "nll                 0.512    [0.45, 0.57]",
         "brier               0.200  ",
+        "[ ]: 95 % bootstrap intervals, too narrow where recalls are near 0 or 1; nll in nats",
     ]
 
 
@@ -129,6 +130,11 @@ def test_the_table_says_where_intervals_mean_little():
     assert table(RESULT | {"fewest_images": 10}) == table(RESULT)
     (line,) = set(table(RESULT | {"fewest_images": 9}).splitlines()) - set(table(RESULT).splitlines())
     assert line == "the intervals are too narrow: a class has only 9 of these images"
+
+
+def test_the_table_says_that_weights_were_chosen_on_the_images():
+    (line,) = set(table(RESULT | {"chosen_on_these_images": True}).splitlines()) - set(table(RESULT).splitlines())
+    assert "chosen on these very images" in line
 
 
 def test_the_table_leaves_out_what_is_absent():
@@ -262,6 +268,7 @@ def test_rows_are_taken_evenly_up_to_the_limit():
 
 def test_the_table_gives_calibration_by_group_and_what_a_prior_means():
     result = RESULT | {"ece": 0.1, "ece_groups": {"few": 0.25}, "test_prior": "train", "top1_under_prior": 0.9}
-    text = table(result)
-    assert "ece                 10.00 %\n                      few 25.00\n" in text
-    assert "predicted for the class prior train: 90.00 % top1" in text
+    text = table(result | {"prior_tested": 1.0})
+    assert "ece                 10.00 %\n  predicted as     few 25.00 %\n" in text
+    assert "predicted for the class prior train: 90.00 % top1 to expect where it holds;" in text
+    assert "on the 20.0 % of images whose classes were tested;" in table(result | {"prior_tested": 0.2})
