@@ -69,6 +69,7 @@ ANY_FOLDER = {
     "any_folder": Row("logit-adjusted CE on NormedLinear"),
 }
 PAGE_ROWS = {  # name of the data's folder: its rows; any other folder has those of ANY_FOLDER
+    "CIFAR10-original": CIFAR10 | ORIGINAL | ANY_FOLDER,
     "CIFAR10": CIFAR10 | ORIGINAL | ANY_FOLDER,
     "CIFAR100": CIFAR100 | ORIGINAL | ANY_FOLDER,
     "digits": ANY_FOLDER,
@@ -83,11 +84,11 @@ Accuracies are balanced test accuracies in per cent of the last epoch, mean ± s
 "chosen" is the epoch with the best balanced accuracy on val/, where there is one. Many / medium / few: classes of
 more than 100, 20 to 100, fewer than 20 training images. Head: the fifth of the classes with most of them; tail: all
 others. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, of the last epoch or of
-the best one on the test set, which is what much public code reports, on the original images and other draws of the
-tail; ours, where the split is 8403d703aeea, are on images re-encoded as JPEG (quality 75, colours at half the
-resolution), which loses detail at 32 px. Beside cifar_best they are the best of its size and epochs, reached by other
-recipes. The first reason of a gap is fewer epochs than the recipe's; below 60 the CIFAR recipes have no warm-up
-either. Why a gap is left with all 200 epochs is not known; results.md says what was tried."""
+the best one on the test set, which is what much public code reports, on the official images and other draws of the
+tail. Beside cifar_best they are the best of its size and epochs, reached by other recipes. CIFAR10-original (split
+9cd15121309a) has the official images; CIFAR10 (8403d703aeea) has the same ones re-encoded as JPEG (quality 75, colours
+at half the resolution), which loses detail at 32 px: the first reason of its gaps. Another one is fewer epochs than the
+recipe's; below 60 the CIFAR recipes have no warm-up either. results.md says what is known of the rest."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",

@@ -16,7 +16,7 @@ from scripts import ledger
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = {
     "row": "cifar_rsg",
-    "data": "CIFAR10",
+    "data": "CIFAR10-original",
     "split": "abc",
     "imbalance": 100.0,
     "epochs": 30,
