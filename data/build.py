@@ -181,7 +181,7 @@ def build_training_loader(
         device,
         mirrors(args, folders),
         args.supcon_views if args.add_supcon_loss else 1,
-        _workers(args),
+        workers_in_use(args),
         args.cache_limit,
         tuple(args.augment),
         args.mixup,
@@ -195,8 +195,9 @@ def build_training_loader(
 def build_evaluation_loader(
     args: argparse.Namespace, split: Split, pixels: Pixels, device: torch.device
 ) -> EvaluationLoader:
-    return EvaluationLoader(split, pixels, args.batch_size, device, _workers(args), args.cache_limit)
+    return EvaluationLoader(split, pixels, args.batch_size, device, workers_in_use(args), args.cache_limit)
 
 
-def _workers(args: argparse.Namespace) -> int:
+def workers_in_use(args: argparse.Namespace) -> int:
+    """``--workers``, but never more than this process's share of the cores."""
     return min(args.workers, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -8,13 +8,13 @@ import numpy as np
 from scipy.special import softmax
 from tqdm import tqdm
 
+from data.build import workers_in_use
 from data.folders import Split, image_files
 from data.images import read_image
 from engine import distributed
 from engine.console import say
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
-from engine.hardware import num_cores
 from engine.predictor import Predictor
 from engine.report import write_csv
 
@@ -35,7 +35,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     other = read_json(table.with_suffix(".json"), default={}).get("images")
     if table.exists() and other not in (None, about["images"]):
         raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")
-    size, workers = predictor.record["img_size"], min(predictor.args.workers, num_cores())
+    size, workers = predictor.record["img_size"], workers_in_use(predictor.args)
     faults = distributed.from_main(unreadable(paths, size, workers) if distributed.is_main() else None)
     readable = [path for path, fault in zip(paths, faults, strict=True) if not fault]
     rows = iter(())
