@@ -224,7 +224,7 @@ def test_a_batch_that_is_augmented_in_parts_is_the_whole_one(tiny_dataset, monke
 def test_the_processes_of_a_machine_share_out_its_cores(monkeypatch, processes, workers, expected):
     monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert build._workers(argparse.Namespace(workers=workers)) == expected
+    assert build.workers_in_use(argparse.Namespace(workers=workers)) == expected
 
 
 FAULTS = """
