@@ -61,11 +61,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
-    folders = read_data(args)
-    check_data(args, folders)
+    folders = distributed.together(lambda: read_data(args))
+    distributed.together(lambda: check_data(args, folders))
     for warning in check_class_weights(args, folders.class_counts):
         warn(warning)
-    run = RunFolder(args)
+    run = distributed.together(lambda: RunFolder(args))
     saved = read_state(run.path, quiet=True) if run.record else None
     if run.record and not saved:
         run.refuse_to_lose()

@@ -15,13 +15,18 @@ from engine.errors import Refused
 from engine.hardware import keep_freed_memory
 
 
+def device_type(name: str) -> str:
+    """The kind of device that ``--device`` means; one that several processes can share where torchrun started them."""
+    if name != "auto":
+        return name
+    mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
+    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+
+
 def start(device_name: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device for ``--device``. On a CPU
     the process keeps the memory that it frees."""
-    if device_name == "auto":
-        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
-        device_name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(device_name)
+    device = torch.device(device_type(device_name))
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -29,10 +34,10 @@ def start(device_name: str) -> torch.device:
     if device.type == "mps" and "WORLD_SIZE" in os.environ:
         raise Refused("--device mps: several processes cannot share it; try --device cpu, or leave torchrun out")
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        if index >= torch.cuda.device_count():
-            raise Refused(f"--device cuda: process {index} needs a GPU, but {torch.cuda.device_count()} can be used")
-        device = torch.device("cuda", index)
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:  # all of them refuse: only the first one is heard
+            raise Refused(f"--device cuda: {processes} process(es) need a GPU each, but {gpus} can be used")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 is what --amp off says; cuDNN would round to 10 bits
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
@@ -73,8 +78,6 @@ def from_main(value: Any) -> Any:
 
 def with_synchronized_statistics(model: nn.Module, synchronize: bool, device: torch.device) -> nn.Module:
     """The model on its device; ``synchronize`` makes batch normalisation see the rows of all processes."""
-    if synchronize and device.type != "cuda":
-        raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
     return (nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronize else model).to(device)
 
 

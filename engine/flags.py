@@ -2,12 +2,21 @@
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-SWITCH_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+SWITCH_WORDS = {"true": True, "1": True, "false": False, "0": False}
+LONGEST_NAME = 200  # bytes of a folder's: files beside it add to it, and 255 is what file systems take
+
+
+class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends a flag's default to its help, unless the help says it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if "default:" in (action.help or "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=DefaultsInHelp,
             fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
@@ -60,6 +69,15 @@ def given_path(word: str) -> Path:
     return Path(word)
 
 
+def plain_name(word: str) -> str:
+    """A name for a folder, without a path."""
+    if not word or Path(word).name != word or word == "..":
+        raise argparse.ArgumentTypeError(f"{word!r} is no plain name; --root_model says where run folders lie")
+    if len(os.fsencode(word)) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"{word[:20]}... is longer than {LONGEST_NAME} bytes; give a shorter one")
+    return word
+
+
 def epoch_or_share(low: int) -> Callable:
     """A converter for an epoch of at least ``low`` ("160"), or, with a point, for a share of all epochs ("0.8")."""
 
@@ -76,15 +94,18 @@ def resolved_epoch(args: argparse.Namespace, flag: str) -> int | None:
     return round(value * args.epochs) if isinstance(value, float) else value
 
 
-def number_in(low: float, high: float = float("inf"), kind: type = float, open_low: bool = False) -> Callable:
-    """A converter for numbers of ``kind`` in [low, high], or in (low, high] with ``open_low``."""
+def number_in(
+    low: float, high: float = float("inf"), kind: type = float, open_low: bool = False, open_high: bool = False
+) -> Callable:
+    """A converter for finite numbers of ``kind`` in [low, high]; ``open_low`` and ``open_high`` leave out the ends."""
 
     def convert(word: str) -> float:
         value = kind(word)
-        if not low <= value <= high or (open_low and value == low) or math.isinf(value):
-            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-                f", at most {high:g}" if high < float("inf") else ""
-            )
+        below = value < high if open_high else value <= high
+        if not (low < value if open_low else low <= value) or not below or math.isinf(value):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            if high < float("inf"):
+                bounds += f", {'below' if open_high else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{word} is out of range: {bounds}")
         return value
 

@@ -18,6 +18,7 @@ SCHEDULES = ("exponential", "step", "cosine", "constant")
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
     positive, fraction = number_in(0, open_low=True), number_in(0, 1)
+    below_1 = number_in(0, 1, open_high=True)
     group.add_argument(
         "--epochs", type=number_in(1, 10**9, kind=int), default=20, help="passes over the training images"
     )
@@ -31,7 +32,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backbone_lr", type=positive, metavar="LR", help="of the backbone, for pretrained weights; default: --lr"
     )
-    group.add_argument("--momentum", type=number_in(0, 1), default=0.9, help="SGD")
+    group.add_argument("--momentum", type=below_1, default=0.9, help="SGD")
     add_switch(group, "--nesterov", False, "Nesterov momentum in SGD")
     group.add_argument(
         "--wd", "--weight_decay", "--weight-decay", type=number_in(0), default=5e-4, help="weight decay, all parameters"
@@ -46,7 +47,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         "--warmup_epochs", type=epoch_or_share(0), default=0, metavar="E", help="of linear rise; 0.1: share of all"
     )
     group.add_argument(
-        "--ema_decay", type=fraction, metavar="D", help="judge and save the exponential mean of the weights, decay D"
+        "--ema_decay", type=below_1, metavar="D", help="judge and save the exponential mean of the weights, decay D"
     )
     group.add_argument("--clip_grad_norm", type=positive, metavar="N", help="largest gradient norm, generator left out")
     group.add_argument(
@@ -63,8 +64,6 @@ def check_optimizer_flags(args: argparse.Namespace) -> list[str]:
     not in use."""
     if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
         raise Refused("--nesterov is a kind of SGD's momentum; it needs --optimizer sgd and a --momentum above 0")
-    if args.ema_decay == 1:
-        raise Refused("--ema_decay 1 keeps the first weights for ever; give less, for example 0.999")
     if args.start_epoch >= args.epochs:
         raise Refused(
             f"--start_epoch {args.start_epoch}: epochs count from 0, the last of {args.epochs} is {args.epochs - 1}"
@@ -139,14 +138,16 @@ def map_positions(model: LongTailClassifier, img_size: int) -> int:
 
 
 def center_lr_limit(args: argparse.Namespace, model: LongTailClassifier, img_size: int) -> float:
-    """The largest learning rate at which the generator's centres are stable, by a factor of two.
+    """``--rsg_center_lr``, or half the learning rate from which on the generator's centres may diverge.
 
     The centre loss sums over the maps' positions, so that the curvature of a centre is up to ``2 * cesc_weight *
     positions`` (all rows of a batch in one class), and SGD with momentum m diverges at ``2 (1 + m) / curvature``: at
     16x16 positions below the usual 0.1. Nesterov's momentum diverges ``1 + 2 m`` times earlier; AdamW's steps do not
     grow with the gradient.
     """
-    if model.generator is None or not args.rsg_cesc_weight or args.optimizer == "adamw":
+    if args.rsg_center_lr:
+        return args.rsg_center_lr
+    if not args.rsg_cesc_weight or args.optimizer == "adamw":
         return math.inf
     limit = (1 + args.momentum) / (2 * args.rsg_cesc_weight * map_positions(model, img_size))
     return limit / (1 + 2 * args.momentum) if args.nesterov else limit

@@ -7,9 +7,10 @@ from data.build import add_data_flags
 from data.folders import SPLITS
 from data.loaders import CACHE_LIMIT
 from engine import metrics
+from engine.distributed import device_type
 from engine.errors import Refused
 from engine.evaluate import PREDICT_WITH
-from engine.flags import Parser, add_switch, given_path, number_in
+from engine.flags import Parser, add_switch, given_path, number_in, plain_name
 from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
 from losses import CLASSIFICATION_LOSSES, add_loss_flags, uses_class_balanced_weights
@@ -38,7 +39,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--root_log", type=given_path, default=Path("log"), metavar="DIR", help="where TensorBoard events lie"
     )
-    group.add_argument("--run_name", metavar="NAME", help="of the run folder; default: made from data, arch and losses")
+    group.add_argument(
+        "--run_name",
+        type=plain_name,
+        metavar="NAME",
+        help="of the run folder; default: made from data, arch and losses",
+    )
     group.add_argument("--seed", type=number_in(0, 2**31, kind=int), help="default: drawn, printed and recorded")
     group.add_argument("--start_epoch", "--start-epoch", type=number_in(0, kind=int), default=0, help="of a fresh run")
     add_switch(group, "--resume", False, "go on with the run in the folder, or start if there is none")
@@ -56,9 +62,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
-    """`Refused` for wishes that exclude each other."""
+    """`Refused` for wishes that exclude each other, or that the device cannot meet."""
     if args.resume and args.overwrite:
         raise Refused("--resume goes on with the run in the folder, --overwrite replaces it; give one")
+    if args.sync_bn and device_type(args.device) != "cuda":
+        raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
 
 
 def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:

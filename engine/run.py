@@ -43,7 +43,6 @@ NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's word
     "add_sphere_loss": "sphere",
 }
 IN_EPOCHS = {"drw_epoch", "drs_epoch", "epoch_thresh", "warmup_epochs"}  # 1 is an epoch, 1.0 all of them
-LONGEST_NAME = 200  # bytes of a folder's: files beside it add to it, and 255 is what file systems take
 RUN_FILES = ("state.pt", "state.previous.pt", "log.jsonl", "best.safetensors", "last.safetensors", "nonfinite.json")
 HPARAM_METRICS = ("val_balanced_accuracy", "val_many", "val_medium", "val_few", "val_accuracy", "train_accuracy")
 REPORTS = [
@@ -57,10 +56,6 @@ REPORTS = [
 def run_name(args: argparse.Namespace) -> str:
     """``--run_name``, or one that says data, architecture and what is on, as the original suite does."""
     if args.run_name:
-        if Path(args.run_name).name != args.run_name or args.run_name == "..":
-            raise Refused(f"--run_name {args.run_name} is no plain name; --root_model says where run folders lie")
-        if len(os.fsencode(args.run_name)) > LONGEST_NAME:
-            raise Refused(f"--run_name {args.run_name[:20]}... is longer than {LONGEST_NAME} bytes; give a shorter one")
         return args.run_name
     parts = ["ImageNet_LT", args.data_dir.absolute().name, args.arch]
     parts += [part for flag, part in NAME_PARTS.items() if getattr(args, flag)]

@@ -8,6 +8,7 @@ from data.build import build_evaluation_loader
 from data.folders import ImageFolders
 from data.loaders import EvaluationLoader, Pixels
 from engine.evaluate import chosen_logits, class_means, predict, validation_row
+from engine.metrics import negative_log_likelihood
 from losses import predicts_by_class_means
 
 
@@ -26,7 +27,8 @@ class Selection:
         self.class_counts, self.scale, self.amp_dtype = class_counts, scale, amp_dtype
 
     def judge(self, model: nn.Module) -> tuple[dict[str, float], np.ndarray | None]:
-        """The val_* keys of log.jsonl (none without val/), and the class means (None where a head predicts)."""
+        """The val_* keys of log.jsonl (none without val/), and the class means (None where a head predicts). The margin
+        heads have a ``val_loss_<head>``, without margin."""
         means = None
         if self.training is not None:
             means = class_means(predict(model, self.training, self.amp_dtype, "class means"), len(self.class_counts))
@@ -34,7 +36,11 @@ class Selection:
             return {}, means
         predictions = predict(model, self.validation, self.amp_dtype, "validation")
         logits = chosen_logits(predictions, "main" if means is None else "ncm", means, self.scale)
-        return validation_row(logits, predictions.targets, self.class_counts), means
+        row = validation_row(logits, predictions.targets, self.class_counts)
+        for head, logits in predictions.logits.items():
+            if head != "main":
+                row[f"val_loss_{head}"] = float(negative_log_likelihood(logits, predictions.targets).mean())
+        return row, means
 
 
 def build_selection(

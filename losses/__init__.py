@@ -59,7 +59,7 @@ CLASS_WEIGHTS = {  # name: (printed name, built from flags and class counts)
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("losses")
-    factor = number_in(0)
+    factor, below_1 = number_in(0), number_in(0, 1, open_high=True)
     for name, (title, _) in CLASSIFICATION_LOSSES.items():
         is_ldam = name == "ldam"
         add_switch(group, f"--add_{name}_loss", is_ldam, f"{title} on every head")
@@ -69,14 +69,14 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}_weight_type", choices=CLASS_WEIGHTS, default="icf" if is_ldam else "none", help="class weights"
         )
-    group.add_argument("--cbl_beta", type=float, default=0.999, metavar="B", help="cbl weights: 0 makes them all 1")
+    group.add_argument("--cbl_beta", type=below_1, default=0.999, metavar="B", help="cbl weights: 0 makes them all 1")
     group.add_argument("--ldam_max_margin", type=factor, default=0.3, metavar="M", help="LDAM: rarest class, a cosine")
     group.add_argument("--focal_gamma", type=factor, default=2.0, metavar="G", help="focal: 0 is cross-entropy")
     group.add_argument(
         "--logit_adjust_tau", type=factor, default=1.0, metavar="T", help="logit-adjusted CE: 1 is balanced softmax"
     )
     group.add_argument(
-        "--label_smoothing", type=number_in(0, 1), default=0.0, metavar="E", help="share of all classes; not in focal"
+        "--label_smoothing", type=below_1, default=0.0, metavar="E", help="share of all classes; not in focal"
     )
     add_switch(group, "--add_supcon_loss", True, "SupCon on the pooled features")
     group.add_argument("--supcon_loss_weight", type=factor, default=0.9, metavar="W", help="factor")
@@ -114,8 +114,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
     """Warnings about doubtful combinations, also with the last epoch's ``sampler``; `Refused` when no loss is on."""
     on = losses_on(args)
-    if not 0 <= args.cbl_beta < 1:
-        raise Refused(f"--cbl_beta {args.cbl_beta:g} is out of range: at least 0 and below 1")
     if predicts_by_class_means(args) and not (args.add_supcon_loss and args.supcon_loss_weight):
         raise Refused("no loss is on with a weight above 0; add one, for example --add_cross_entropy_loss")
     if args.supcon_balance and not args.add_supcon_loss:
@@ -132,12 +130,11 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
         warnings.append(
             "SupCon alone trains no classifier: validation and test predict with the nearest class mean (ncm)"
         )
-    if args.add_ldam_loss and not args.norm_out:
+    if "ldam" in on and not args.norm_out:
         warnings.append("LDAM on a Linear head: a margin on unbounded logits does next to nothing; use --norm_out True")
-    none = {"none"} | ({"cbl"} if args.cbl_beta == 0 else set())
-    weighted = [name for name in on if getattr(args, f"{name}_weight_type") not in none]
+    weighted = [name for name in on if _weight_type(args, name) != "none"]
     flags = [f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted]
-    adjusted = args.add_logit_adjusted_loss and args.logit_adjust_tau > 0
+    adjusted = "logit_adjusted" in on and args.logit_adjust_tau > 0
     if (weighted or adjusted) and sampler != "uniform":
         others = ", ".join(flags + ["--add_logit_adjusted_loss"] * adjusted)
         warnings.append(f"corrected twice: the {sampler} sampler and {others} both make up for rare classes")
@@ -183,6 +180,12 @@ def uses_class_balanced_weights(args: argparse.Namespace) -> bool:
     return any(getattr(args, f"{name}_weight_type") == "cbl" for name in losses_on(args))
 
 
+def _weight_type(args: argparse.Namespace, name: str) -> str:
+    """Of the loss ``name``; class-balanced weights with beta 0 are none."""
+    weight_type = getattr(args, f"{name}_weight_type")
+    return "none" if weight_type == "cbl" and args.cbl_beta == 0 else weight_type
+
+
 def predicts_by_class_means(args: argparse.Namespace) -> bool:
     """Whether no loss trains a classifier, so that the nearest class mean must predict."""
     return not margin_heads_on(args) and not losses_on(args)
@@ -200,7 +203,7 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
     heads = ["main", *margin_heads_on(args)]
     if names := losses_on(args):
         head_terms = [
-            _head_term(args, name, head, class_counts, "none" if deferred else getattr(args, f"{name}_weight_type"))
+            _head_term(args, name, head, class_counts, "none" if deferred else _weight_type(args, name))
             for head in heads
             for name in names
         ]

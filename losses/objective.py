@@ -64,8 +64,9 @@ class Objective(nn.Module):
         for part, _, factor, head, loss_fn in self.head_terms:
             scale = (output.scales[head],) if isinstance(loss_fn, LDAMLoss) else ()
             parts[part] = loss_fn(output.logits[head], output.targets, *scale, **own)
-            if output.mixed_logits is not None:
-                mixed_in = loss_fn(output.mixed_logits[head], output.mixed_targets, *scale, **mixed)
+            if "mixed_targets" in output.auxiliary:
+                others, mixed_targets = output.auxiliary[f"mixed_{head}"], output.auxiliary["mixed_targets"]
+                mixed_in = loss_fn(others, mixed_targets, *scale, **mixed)
                 parts[part] = share * parts[part] + (1 - share) * mixed_in
             weighted.append(factor * parts[part])
         if self.supcon is not None:

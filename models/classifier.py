@@ -14,10 +14,9 @@ class Output(NamedTuple):
     scales: dict[str, float | Tensor]  # head name -> what it has multiplied its cosines by
     targets: Tensor | None  # [B']
     # the generator's losses, "center_distance" and, where it generates, "maps" and "tail_rows" [B' - B], the row that
-    # each generated one stems from; "projections" [B', P]; "prototypes" [C, P], or [C, D] without a projection
+    # each generated one stems from; "projections" [B', P]; "prototypes" [C, P], or [C, D] without a projection; of
+    # mixed images "mixed_targets" [B], those of the other image, and "mixed_<head>" [B, C], logits with margins on them
     auxiliary: dict[str, Tensor]
-    mixed_logits: dict[str, Tensor] | None = None  # of mixed images: with margins on the targets of the other image
-    mixed_targets: Tensor | None = None  # [B]
 
 
 class LongTailClassifier(nn.Module):
@@ -64,14 +63,15 @@ class LongTailClassifier(nn.Module):
             auxiliary["projections"] = self.projection(features)
         if self.prototypes is not None and self.training:
             auxiliary["prototypes"] = self.prototypes(self.heads["main"].weight)
-        mixed_logits = None
         if mixed_targets is None:
             logits = {name: head(features, targets) for name, head in self.heads.items()}
         else:
             pairs = {name: head.for_mixed(features, targets, mixed_targets) for name, head in self.heads.items()}
-            logits, mixed_logits = ({name: pair[which] for name, pair in pairs.items()} for which in (0, 1))
+            logits = {name: own for name, (own, _) in pairs.items()}
+            auxiliary |= {f"mixed_{name}": other for name, (_, other) in pairs.items()}
+            auxiliary["mixed_targets"] = mixed_targets
         scales = {name: head.scale_of(features) for name, head in self.heads.items()}
-        return Output(features, logits, scales, targets, auxiliary, mixed_logits, mixed_targets)
+        return Output(features, logits, scales, targets, auxiliary)
 
     def start_phase(self, generating: bool, heads_trained: bool) -> tuple[bool, bool]:
         """Prepare an epoch. Parameters that no loss reaches are marked so: they keep no gradient, the optimiser leaves

@@ -33,6 +33,12 @@ def add_rsg_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rsg_strength", type=number_in(0, open_low=True), default=1.0, metavar="S", help="factor on generated rows"
     )
+    group.add_argument(
+        "--rsg_center_lr",
+        type=number_in(0, open_low=True),
+        metavar="LR",
+        help="most that the centres learn at, whatever --lr; default: a rate at which they cannot diverge",
+    )
     group.add_argument("--rsg_cesc_weight", type=number_in(0), default=0.1, metavar="W", help="factor of CESC")
     group.add_argument("--rsg_mv_weight", type=number_in(0), default=0.01, metavar="W", help="factor of the MV loss")
 

@@ -321,10 +321,14 @@ def test_a_logit_adjusted_loss_beside_another_correction_warns(words, sampler, n
     assert all("corrected twice" in warning and "logit" in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("beta", ["1", "-0.5", "nan"])
-def test_a_beta_out_of_range_is_refused(beta):
-    with pytest.raises(Refused, match="--cbl_beta"):
-        check_loss_flags(flags(f"--cbl_beta {beta}"), "uniform")
+def test_a_loss_of_factor_0_is_not_warned_about():
+    words = "--norm_out 0 --ldam_loss_weight 0 --add_cross_entropy_loss --add_logit_adjusted_loss"
+    assert check_loss_flags(flags(f"{words} --logit_adjusted_loss_weight 0"), "balanced") == []
+
+
+def test_class_balanced_weights_of_beta_0_are_none_in_words_too():
+    words = "--ldam_weight_type cbl --cbl_beta 0 --add_supcon_loss 0 --add_rsg 0"
+    assert str(build_objective(flags(words), [5, 2])) == "0.1 LDAM(normed)"
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_an_average_that_keeps_much_of_the_first_weights_is_a_warning():
     assert check_average(flags(""), num_batches=1) == []
 
 
-@pytest.mark.parametrize("words", ["--nesterov --momentum 0", "--nesterov --optimizer adamw", "--ema_decay 1"])
+@pytest.mark.parametrize("words", ["--nesterov --momentum 0", "--nesterov --optimizer adamw"])
 def test_settings_that_cannot_be_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         flags(words)
@@ -254,6 +254,8 @@ def test_only_the_centres_have_a_limit_and_it_is_half_of_where_momentum_diverges
     assert centers["params"] == [model.generator.centers]
     assert limits == {math.inf, centers["lr_limit"]}
     assert centers["lr_limit"] == pytest.approx(0.5 * 2 * 1.8 / 19.6)
+    model, optimizer = model_and_optimizer("--rsg_center_lr 0.1")
+    assert group_of(optimizer, model.generator.centers)["lr_limit"] == 0.1
 
 
 def test_a_learning_rate_is_kept_to_the_limit_of_its_group():

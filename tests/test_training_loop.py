@@ -102,13 +102,15 @@ def test_updates_skipped_in_float16_are_counted_and_training_goes_on(tmp_path, t
 
 
 def test_averaged_weights_are_the_ones_judged_and_saved(tmp_path, tiny_dataset):
-    run = train(tmp_path, "run", "--epochs 1 --ema_decay 0.9")
+    run = train(tmp_path, "run", "--epochs 1 --ema_decay 0.9 --add_arc_margin_loss")
     state, saved = torch.load(run / "state.pt", weights_only=True), load_file(run / "last.safetensors")
     assert torch.equal(saved["heads.main.weight"], state["averaged"]["module.heads.main.weight"])
     assert not torch.equal(saved["heads.main.weight"], state["model"]["heads.main.weight"])
-    words = ["--model_dir", str(run), "--split", "val", "--weights", "last"]
     row = json.loads((run / "log.jsonl").read_text())
-    assert row["val_loss"] == pytest.approx(imagenet_lt_test.main(imagenet_lt_test.parse_args(words))["nll"], rel=1e-5)
+    for key, head in (("val_loss", "main"), ("val_loss_arc", "arc")):
+        words = ["--model_dir", str(run), "--split", "val", "--weights", "last", "--predict_with", head]
+        result = imagenet_lt_test.main(imagenet_lt_test.parse_args(words))
+        assert row[key] == pytest.approx(result["nll"], rel=1e-5)
 
 
 def test_every_update_goes_into_the_average():
