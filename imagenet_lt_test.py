@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.folders import ImageFolders, split_hash
+from data.folders import ImageFolders, split_hash, tested_hash
 from engine import distributed, metrics, post_hoc, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
@@ -19,7 +19,7 @@ from engine.predictor import Predictor
 from engine.record import synthetic_use
 from engine.run import find_run
 from engine.unlabelled import predict_images
-from rsg import head_classes
+from rsg.generator import head_classes
 
 
 @one_line_errors
@@ -64,6 +64,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     result["fewest_images"] = int(images[tested].min())
     result["counts"] = {name: int((members & tested).sum()) for name, members in groups.items() if name in result}
     result["split_hash"], result["weights_hash"] = split_hash(folders), predictor.weights_hash
+    result["tested_hash"] = tested_hash(folders, args.split)
     result |= synthetic_use(record) | {"shot_thresholds": args.shot_thresholds}
     is_own = result["split_hash"] == record["split_hash"]
     if args.split == "val" and is_own and (predictor.weights == "best" or "tau" in record):

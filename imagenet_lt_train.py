@@ -17,7 +17,6 @@ from engine.console import say, warn
 from engine.errors import one_line_errors
 from engine.guard import NonFiniteGuard
 from engine.interrupt import StopSignal
-from engine.numerics import autocast_dtype, build_scaler, check_compiler, is_channels_last
 from engine.optim import (
     build_average,
     build_clip,
@@ -30,11 +29,13 @@ from engine.optim import (
     steps_in_epoch,
 )
 from engine.options import check_idle_flags, check_run_flags, train_parser
+from engine.precision import autocast_dtype, build_scaler, check_compiler, is_channels_last
 from engine.record import check_start, describe, new_record
-from engine.run import RunFolder, pixels_of
+from engine.run import RunFolder
 from engine.selection import Selection, build_selection
 from engine.state import TrainingState, read_state
 from engine.train import NonFiniteLoss, epoch_row, train_one_epoch
+from engine.weights import pixels_of
 from losses import build_objective, check_class_weights, check_loss_flags
 from models import build_model, check_model_flags, load_backbone_weights
 from rsg import check_rsg_flags, generates, unmoved_centers
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = build_optimizer(args, model, pixels.size)
     state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
     state.averaged = build_average(model, args.ema_decay)
-    record = new_record(args, folders, pixels, seed, model, amp_dtype, channels_last)
+    record = new_record(args, folders, pixels, seed, model, optimizer, amp_dtype, channels_last)
     if args.compile:
         model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():

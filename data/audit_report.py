@@ -1,18 +1,16 @@
 """An audit for people: lines of text and the distribution of the classes."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 
 from data.listing import ACT, Finding
 from data.wordnet import MINI_IMAGENET_NAMES
-from engine.console import printable
-from engine.files import write_atomically
+from engine.console import number_of_classes, printable
+from engine.figures import GROUP_COLOURS, new_figure, save_figure
 from engine.metrics import shot_groups
 
 SHOWN = 5  # files printed of a note or hint; of what must be acted on, all
-COLOURS = {"many": "tab:blue", "medium": "tab:orange", "few": "tab:red"}
 
 
 def summary_lines(root: Path, findings: list[Finding], figures: dict) -> list[str]:
@@ -47,16 +45,13 @@ def distribution_lines(figures: dict) -> list[str]:
 
 def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str], path: Path) -> None:
     """Bars of the training images by class, largest first, on a logarithmic axis; val and test as lines."""
-    from matplotlib.figure import Figure  # takes a second to import; not pyplot: no display, no global state
-
     train = counts["train"]
     order = sorted(train, key=lambda name: -train[name])
     sizes = np.array([train[name] for name in order])
-    figure = Figure(figsize=(min(max(6.0, 0.2 * len(order)), 24.0), 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(width=min(max(6.0, 0.2 * len(order)), 24.0), height=4.5)
     for group, members in shot_groups(sizes).items():
         at = np.flatnonzero(members)
-        axes.bar(at, sizes[at], width=1.0, color=COLOURS[group], label=f"{group}: {len(at)} classes")
+        axes.bar(at, sizes[at], width=1.0, color=GROUP_COLOURS[group], label=f"{group}: {number_of_classes(len(at))}")
     for split, style in (("val", ":"), ("test", "--")):
         if split in counts:
             heights = [counts[split].get(name, 0) or np.nan for name in order]
@@ -69,6 +64,4 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
         labels = [printable(names.get(name, name)) for name in order]
         axes.set_xticks(range(len(order)), labels, rotation=90, fontsize=7, parse_math=False)
     axes.legend()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # that the font has none for: a box stands there
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(figure, path)

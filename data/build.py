@@ -9,7 +9,8 @@ import torch
 
 from data.augment import AUGMENTATIONS, POLICIES
 from data.folders import ImageFolders, Split, read_image_folders
-from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader, own_size
+from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader
+from data.pixel_sources import own_size
 from data.samplers import SAMPLERS
 from data.synthesis import read_kept_images
 from engine import distributed

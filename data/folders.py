@@ -17,6 +17,7 @@ from engine.files import read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
+STAMP = ".stamp"  # in a prepared folder, see `stamp`
 
 
 class Split(NamedTuple):
@@ -196,18 +197,45 @@ def split_hash(folders: ImageFolders) -> str:
     """SHA-256 that names exactly these images in these splits.
 
     Over the sorted lines ``split/class/name sha256(content)``. A ``split.json`` that lists the very same files, none
-    of them changed after itself, carries the hash already; otherwise every file is read.
+    of them changed after itself, in a folder that was not copied, carries the hash already; otherwise every file is
+    read.
     """
     names, path = folders.names(), folders.root / "split.json"
     recorded = read_json(path, default={})
-    if recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str):
+    is_listed = recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str)
+    if is_listed and is_stamped(folders.root):
         written = path.stat().st_ctime  # unlike mtime never that of a file which was copied or moved here
         if all(image.stat().st_ctime <= written + 1 for image in names.values()):
             return recorded["hash"]
+    return _hash_of_images(names)
+
+
+def tested_hash(folders: ImageFolders, split: str) -> str:
+    """SHA-256 that names exactly these images of ``split``, whatever the other splits hold."""
+    names = folders.names()
+    return _hash_of_images({name: path for name, path in names.items() if name.startswith(f"{split}/")})
+
+
+def _hash_of_images(names: dict[str, Path]) -> str:
     return hash_of_lines(
         f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name, path in tqdm(names.items(), "hashing", unit="image", disable=None, leave=False)
     )
+
+
+def stamp(root: Path) -> None:
+    """Note that ``split.json`` is of the images in ``root``."""
+    (root / STAMP).write_text(_birth(root))
+
+
+def is_stamped(root: Path) -> bool:
+    """Whether ``root`` is the folder that was stamped, and not a copy of it."""
+    return (root / STAMP).is_file() and (root / STAMP).read_text() == _birth(root)
+
+
+def _birth(root: Path) -> str:
+    """When the entries of train/ were made, in ns: renaming ``root`` keeps it, and no copy can have it."""
+    return str((root / "train").stat().st_ctime_ns)
 
 
 def synthetic_hash(folders: ImageFolders) -> str:

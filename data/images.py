@@ -2,10 +2,13 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from engine.errors import Refused
 
@@ -61,3 +64,25 @@ def eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError("it holds pixels that are not finite numbers")
     low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (grey.min(), grey.max())
     return Image.fromarray(np.rint((grey - low) * (255.0 / max(high - low, 1e-300))).astype(np.uint8))
+
+
+def faults(paths: list[Path], look: Callable[[int, Path], object], workers: int, text: str) -> list[str]:
+    """What is wrong with each image that ``look``, called with its position and path, refuses; "" with the others. In
+    threads, since decoders leave Python's lock; ``text`` names the bar."""
+
+    def fault(index: int, path: Path) -> str:
+        try:
+            look(index, path)
+        except Refused as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(fault, range(len(paths)), paths)
+        return list(tqdm(results, text, len(paths), unit="image", disable=None, leave=False))
+
+
+def first_of(sentences: list[str], others: str) -> str:
+    """The first 20, and how many more there are; ``others`` says where those are found."""
+    more = f"; and {len(sentences) - 20} more{others}" if len(sentences) > 20 else ""
+    return "; ".join(sentences[:20]) + more

@@ -1,10 +1,11 @@
-"""What lies in a data folder, right or wrong, and what the names alone show: cheap enough for every start."""
+"""What lies in a data folder, right or wrong, and what their names alone show."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folders import SPLITS, class_folders, image_files, image_names, read_image_folders
+from data.folders import SPLITS, STAMP, class_folders, image_files, image_names, read_image_folders
+from data.preparation import WRITTEN
 from engine.errors import Refused
 
 ACT, NOTE, HINT = "act", "note", "hint"  # act: training would stop, or its figures would be wrong
@@ -59,6 +60,7 @@ def listing(root: Path, list_dir: Path | None = None) -> Listing:
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
     used |= {root / split / name for split in present for name in splits[split]}
     found = [path for split in present for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
+    found += [path for path in root.iterdir() if path.name not in {*WRITTEN, STAMP, "synthetic"}]
     return Listing(root, splits, sorted(set(found) - used))
 
 

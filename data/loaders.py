@@ -1,28 +1,20 @@
-"""Batches on the device: from memory where the decoded images fit, else decoded by worker processes."""
+"""The batches of an epoch, on the device: augmented for training, as they are for evaluation."""
 
-import atexit
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from data import transforms
 from data.augment import POLICIES, Policy
 from data.folders import Split
-from data.images import MAX_PIXELS, read_image
+from data.pixel_sources import DecodedImages, RandomCrops, WorkerPool, decoded_bytes, fixed_views
 from data.samplers import batch_bounds, epoch_draws, epoch_mixings, epoch_order, policy_draws
 from engine import distributed
-from engine.errors import Failed, Refused
 
 CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
 POLICY_IMAGES = 2048  # to which a policy is applied at once
@@ -119,25 +111,31 @@ class TrainingLoader:
         own = [slice(start + rank, stop, step) for start, stop in self.bounds[first_batch:]]
         indices = [order[rows].repeat(self.views) for rows in own]
         draws = [draws[:, rows].flatten(0, 1) for rows in own]
+        shown = self.cropped_batches(indices, draws)
+        if self.policy is not None and self.small:
+            shown = self.with_policy(shown)
+        batches = self.coloured_batches(shown, indices)
+        return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
+
+    def cropped_batches(self, indices: list[Tensor], draws: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images of each batch, cropped and mirrored, with the draws for them, on the device."""
         if self.small:
             keys = (batch.tolist() for batch in indices)
         else:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
-        shown = (
-            (self.in_parts(self.cropped, images.to(self.device, non_blocking=True), numbers), numbers)
-            for images, numbers in zip(
-                self.source.read(keys), (rows.to(self.device, non_blocking=True) for rows in draws), strict=True
+        for images, numbers in zip(self.source.read(keys), draws, strict=True):
+            numbers = numbers.to(self.device, non_blocking=True)
+            yield self.in_parts(self.cropped, images.to(self.device, non_blocking=True), numbers), numbers
+
+    def coloured_batches(self, shown: Iterator[tuple[Tensor, Tensor]], indices: list[Tensor]) -> Iterator[Batch]:
+        for (images, numbers), batch in zip(shown, indices, strict=True):
+            yield Batch(
+                self.in_parts(self.coloured, images, numbers),
+                self.rows_of(self.targets, batch),
+                batch,
+                weights=self.rows_of(self.weights, batch),
+                real=self.rows_of(self.real, batch),
             )
-        )
-        if self.policy is not None and self.small:
-            shown = self.with_policy(shown)
-        batches = (
-            Batch(self.in_parts(self.coloured, images, numbers), self.rows_of(self.targets, batch), batch)._replace(
-                weights=self.rows_of(self.weights, batch), real=self.rows_of(self.real, batch)
-            )
-            for (images, numbers), batch in zip(shown, indices, strict=True)
-        )
-        return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
 
     def rows_of(self, values: Tensor | None, batch: Tensor) -> Tensor | None:
         return None if values is None else values[batch].to(self.device, non_blocking=True)
@@ -212,190 +210,3 @@ class EvaluationLoader:
             images = self.pixels.normalized_(images.to(self.device, non_blocking=True) / 255)
             indices = torch.tensor([self.own[i] for i in batch], dtype=torch.long)
             yield Batch(images, self.targets[indices].to(self.device), indices)
-
-
-class CachedViews:
-    """The fixed view of every image, decoded once: uint8 [N, 3, S, S] on the device."""
-
-    def __init__(self, paths: list[Path], size: int, workers: int, device: torch.device):
-        views = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-
-        def store(index: int, path: Path) -> None:
-            views.numpy()[index] = np.asarray(transforms.fixed_view(read_image(path), size)).transpose(2, 0, 1)
-
-        decode_all(paths, store, workers)
-        self.views = views.to(device)
-
-    def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
-        for indices in batches:
-            yield self.views[torch.tensor(indices).to(self.views.device, non_blocking=True)]
-
-
-class WorkerPool:
-    """Worker processes that read batches of ``dataset`` in the order asked for, and live through all epochs."""
-
-    def __init__(self, dataset: Dataset, workers: int, device: torch.device):
-        self.batches = _GivenBatches()
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.batches,
-            collate_fn=_unchanged,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_main_process,
-        )
-
-    def read(self, batches: Iterable[list]) -> Iterator[Tensor]:
-        self.batches.batches = batches
-        for images in self.loader:
-            if isinstance(images, str):
-                raise Failed(images)
-            yield images
-
-
-class FixedViews(Dataset):
-    """`transforms.fixed_view` of every image; a key is an index."""
-
-    def __init__(self, paths: list[Path], size: int):
-        self.paths, self.size = paths, size
-
-    def __getitems__(self, indices: list[int]) -> Tensor | str:
-        return read_batch(indices, lambda i: transforms.fixed_view(read_image(self.paths[i]), self.size))
-
-
-class RandomCrops(Dataset):
-    """Random resized crops; a key is an index and the draws for it. ``decoded`` images spare the files.
-
-    Without them a JPEG is decoded at the smallest of its scales that the crop allows: a few grey levels of difference.
-    A ``policy`` is applied to the crops.
-    """
-
-    def __init__(self, paths: list[Path], size: int, decoded: "DecodedImages | None", policy: Policy | None = None):
-        self.paths, self.size, self.decoded, self.policy = paths, size, decoded, policy
-
-    def __getitems__(self, keys: list[tuple[int, list[float]]]) -> Tensor | str:
-        return read_batch(keys, self.crop)
-
-    def crop(self, key: tuple[int, list[float]]) -> Image.Image:
-        index, draws = key
-        if self.decoded is not None:
-            image = self.decoded[index]
-        else:
-            image = read_image(self.paths[index], transforms.smallest_useful_side(self.size, draws))
-        image = transforms.random_resized_crop(image, self.size, draws)
-        return image if self.policy is None else self.policy.on_image(image, draws)
-
-
-class DecodedImages:
-    """All images in one block of memory, which worker processes share."""
-
-    def __init__(self, paths: list[Path], workers: int):
-        sizes = torch.tensor([image_size(path) or (0, 0) for path in paths])
-        sizes[sizes.prod(dim=1) > MAX_PIXELS] = 0  # is refused when it is read
-        self.ends = (3 * sizes.prod(dim=1)).cumsum(0)
-        self.shapes = torch.empty(len(paths), 2, dtype=torch.int64)  # height, width as seen: a turned image's differ
-        self.block = torch.empty(int(self.ends[-1]), dtype=torch.uint8).share_memory_()
-
-        def store(index: int, path: Path) -> None:
-            image = read_image(path)
-            if image.width * image.height != int(sizes[index].prod()):
-                raise Refused(f"{path} is not of the size that its header says; save it again")
-            self.shapes[index] = torch.tensor((image.height, image.width))
-            self.pixels(index).numpy()[:] = np.asarray(image)
-
-        decode_all(paths, store, workers)
-
-    def pixels(self, index: int) -> Tensor:
-        (height, width), end = self.shapes[index].tolist(), int(self.ends[index])
-        return self.block[end - 3 * height * width : end].view(height, width, 3)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels(index).numpy())
-
-
-class _GivenBatches:
-    """A batch sampler that yields the batches it was given last."""
-
-    def __init__(self):
-        self.batches: Iterable[list] = ()
-
-    def __iter__(self) -> Iterator[list]:
-        return iter(self.batches)
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Kill workers that an exception keeps alive: Python would send SIGTERM, which they ignore, and wait forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _unchanged(batch: Tensor | str) -> Tensor | str:
-    return batch
-
-
-def fixed_views(paths: list[Path], size: int, workers: int, device: torch.device, cache_limit: float):
-    """The fixed views of ``paths``, from memory where they fit."""
-    if len(paths) * 3 * size**2 <= cache_limit:
-        return CachedViews(paths, size, workers, device)
-    return WorkerPool(FixedViews(paths, size), workers, device)
-
-
-def read_batch(keys: list, read: Callable) -> Tensor | str:
-    """uint8 [B, 3, S, S], or what is wrong with a file: an exception would bring a worker's traceback along."""
-    try:
-        return torch.from_numpy(np.stack([np.asarray(read(key)) for key in keys])).permute(0, 3, 1, 2).contiguous()
-    except Refused as error:
-        return str(error)
-
-
-def decode_all(paths: list[Path], store: Callable[[int, Path], None], workers: int) -> None:
-    """``store`` with each position and path, in threads (decoders leave Python's lock); `Refused` with all broken
-    files. Each goes where it will stay: a list of them would take as much memory again."""
-
-    def attempt(index: int, path: Path) -> str:
-        try:
-            store(index, path)
-        except Refused as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = pool.map(attempt, range(len(paths)), paths)
-        faults = list(tqdm(results, "decoding", len(paths), unit="image", disable=None, leave=False))
-    if broken := [fault for fault in faults if fault]:
-        more = f"; and {len(broken) - 20} more, which scripts/audit_data.py lists" if len(broken) > 20 else ""
-        raise Refused("; ".join(broken[:20]) + more)
-
-
-def decoded_bytes(paths: list[Path], sample: int = 64) -> float:
-    """Estimate of what the images take in memory, from evenly spaced ones."""
-    sizes = [size for size in map(image_size, paths[:: max(1, len(paths) // sample)]) if size]
-    return len(paths) * sum(3 * width * height for width, height in sizes) / max(1, len(sizes))
-
-
-def own_size(paths: list[Path], largest: int = 96) -> int | None:
-    """The side in px when all readable images are squares of one size up to ``largest``, else None."""
-    side = None
-    for width, height in filter(None, map(image_size, paths)):
-        side = side or width
-        if not width == height == side <= largest:
-            return None
-    return side
-
-
-def image_size(path: Path) -> tuple[int, int] | None:
-    """Width and height in px from the file's header; None where there is none: decoding will tell why."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except Exception:  # decoders raise what they like
-        return None

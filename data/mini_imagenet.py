@@ -59,8 +59,11 @@ def read_few_shot_lists(root: Path, images: Path) -> Classes:
 def read_list(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise Refused(f"{path} is missing; the few-shot lists are train.csv, val.csv and test.csv")
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Refused(f"{path} cannot be read as a list: {error}; get the original list") from None
     wrong = next(
         (k for k, row in enumerate(rows) if len(row) != 2 or any(Path(word).name != word for word in row)), None
     )
@@ -99,8 +102,11 @@ def read_caches(paths: list[Path]) -> Classes:
         pixels, rows_by_class = cache.get("image_data"), cache.get("class_dict")
         if not isinstance(rows_by_class, dict) or not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             raise Refused(f"{path} does not hold image_data and class_dict; get the original file")
-        for label, rows in rows_by_class.items():
-            classes[text(label)] = {f"{rank:04d}.png": pixels[row] for rank, row in enumerate(rows)}
+        try:
+            for label, rows in rows_by_class.items():
+                classes[text(label)] = {f"{rank:04d}.png": pixels[row] for rank, row in enumerate(rows)}
+        except (IndexError, TypeError, ValueError):
+            raise Refused(f"{path}: class_dict names what image_data lacks; get the original file") from None
     return classes
 
 

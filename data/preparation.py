@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.class_folders import Source
-from data.folders import SPLITS, class_folders, hash_of_lines, image_files
+from data.folders import SPLITS, class_folders, hash_of_lines, image_files, is_stamped, stamp
 from data.long_tail import Names, Profile
 from engine.errors import Failed, Refused
-from engine.files import read_json
+from engine.files import read_json, write_json
 
 WRITTEN = {*SPLITS, "dataset.json", "split.json", "audit.json", "audit.png"}  # in a folder that was prepared
 Files = dict[str, Path | np.ndarray]  # "split/class/name" -> image file, or uint8 pixels [H, W] or [H, W, 3]
@@ -40,17 +39,22 @@ def publish(
     if len(drawn["train"]) < 2:
         raise Refused(f"there is one class, {next(iter(drawn['train']))}; a classifier needs at least two")
     if output.exists():
-        if holds_exactly(output, files):
+        is_same = holds_exactly(output, files)
+        if is_same and read_json(output / "dataset.json", default={}) == source.about:
+            if not is_stamped(output):
+                stamp(output)
             return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}"
         refuse_to_lose(output)
         if not overwrite:
-            raise Refused(f"{output} holds something else; --overwrite replaces it, --output DIR writes elsewhere")
+            what = "these images under another dataset.json" if is_same else "something else"
+            raise Refused(f"{output} holds {what}; --overwrite replaces it, --output DIR writes elsewhere")
     new = scratch / "new"
     digest = write_files(files, new, link)
     write_json(new / "dataset.json", source.about)
     counts = {split: {name: len(images) for name, images in classes.items()} for split, classes in drawn.items()}
     record = {"hash": digest, "source": source.about["source"], "seed": profile.data_seed, "profile": asdict(profile)}
     write_json(new / "split.json", {**record, "counts": counts, "files": sorted(files)})
+    stamp(new)
     replace(new, output, scratch)
     return f"{output}: {summary(drawn)}, split hash {digest}"
 
@@ -71,7 +75,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
     scratch, lock = output.resolve().parent / f".{output.resolve().name}.part", None
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        lock = locked(scratch)
+        lock = try_lock(scratch)
         if lock is None:
             raise Failed(f"another process is preparing {output}; wait for it to end")
         yield emptied(scratch, output)
@@ -83,7 +87,7 @@ def scratch_folder(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def locked(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """An open file that locks ``folder``; None when another process holds it. The kernel unlocks a killed process."""
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -201,10 +205,6 @@ def listed(folder: Path) -> set[str]:
         for name in class_folders(folder / split)
         for path in image_files(folder / split / name)
     }
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def refuse_foreign_output(output: Path, sources: list[Path | None]) -> None:

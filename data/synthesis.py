@@ -1,7 +1,6 @@
 """Synthetic images of a data set: how many each class gets, what decides each of them, and the manifest of them all."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -14,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data.folders import ImageFolders, Split
-from data.preparation import locked
+from data.long_tail import sha256_of
+from data.preparation import try_lock
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.console import warn
 from engine.errors import Failed, Refused
-from engine.files import append_line, read_json, write_atomically
+from engine.files import append_line, read_json, read_json_lines, write_json_lines
 
 MANIFEST = "manifest.jsonl"
 RESULTS = {"file", "batch_size", "precision", "sha256", "flagged", "kept", "why"}  # what a row holds besides `facts`
@@ -108,9 +108,9 @@ class Plan:
 
     def job(self, class_name: str, index: int) -> Job:
         prompt = self.recipe.prompt.replace("{}", self.names[class_name])
-        digest = hashlib.sha256(f"{self.recipe.seed}/{class_name}/{index}".encode(errors="surrogateescape")).digest()
+        seed = int(sha256_of(f"{self.recipe.seed}/{class_name}/{index}")[:16], 16) >> 1
         start = self.starts[class_name][index % len(self.starts[class_name])] if self.starts else None
-        return Job(class_name, index, prompt, int.from_bytes(digest[:8]) >> 1, start)
+        return Job(class_name, index, prompt, seed, start)
 
     def facts(self, job: Job) -> dict:
         """All that decides the image, as the manifest says it."""
@@ -142,10 +142,10 @@ def starting_images(folders: ImageFolders, seed: int) -> dict[str, list[Path]]:
     for path, target in zip(paths, targets, strict=True):
         images[folders.classes[target]].append(path)
 
-    def digest(path: Path) -> bytes:
-        return hashlib.sha256(f"{seed}/{path.parent.name}/{path.name}".encode(errors="surrogateescape")).digest()
+    def drawn(path: Path) -> tuple[str, Path]:
+        return sha256_of(f"{seed}/{path.parent.name}/{path.name}"), path
 
-    return {name: sorted(paths, key=lambda path: (digest(path), path)) for name, paths in images.items()}
+    return {name: sorted(paths, key=drawn) for name, paths in images.items()}
 
 
 class Manifest:
@@ -166,8 +166,7 @@ class Manifest:
         self.rows.append(row)
 
     def save(self) -> None:
-        content = "".join(f"{json.dumps(row)}\n" for row in self.rows)
-        write_atomically(self.path, lambda file: file.write(content.encode()))
+        write_json_lines(self.path, self.rows)
 
 
 @contextlib.contextmanager
@@ -178,7 +177,7 @@ def locked_manifest(folder: Path) -> Iterator[Manifest]:
     it holds somebody else's files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = locked(folder)
+    lock = try_lock(folder)
     if lock is None:
         raise Failed(f"another process is drawing into {folder}; wait for it to end, or write elsewhere with --output")
     try:
@@ -192,19 +191,9 @@ def locked_manifest(folder: Path) -> Iterator[Manifest]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a manifest; a last one that was only half written is left out, and there are none without a file."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not {"class", "index", *Recipe.__dataclass_fields__, *RESULTS} <= row.keys():
-                raise ValueError("fields are missing")
-            rows.append(row)
-        except (ValueError, AttributeError):
-            if number < len(lines):
-                raise Refused(f"{path}, line {number}, is no row of a manifest; mend or remove the line") from None
-    return rows
+    """The rows of a manifest."""
+    keys = {"class", "index", *Recipe.__dataclass_fields__, *RESULTS}
+    return read_json_lines(path, keys, "row of a manifest")
 
 
 def read_kept_images(folder: Path, classes: list[str]) -> Split:

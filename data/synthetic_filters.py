@@ -15,7 +15,7 @@ from data.loaders import EvaluationLoader
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, default_head, predict
 from engine.record import read_record
-from engine.run import default_weights, load_run, read_weights
+from engine.weights import default_weights, load_run, read_weights
 
 BLACK = 16  # grey levels of 255 that no pixel of a black image reaches; a safety checker paints 0
 FLAT = 4.0  # grey levels; the standard deviation of every channel of a flat image is below

@@ -18,8 +18,8 @@ from engine.errors import Refused
 from engine.files import read_json
 from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
 from engine.optim import steps_in_epoch
-from engine.record import default_flags, read_record, training_images
-from engine.run import MAY_CHANGE, read_log
+from engine.record import default_flags, read_log, read_record, training_images
+from engine.run import MAY_CHANGE
 
 ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
 ALL_PAIRS = 10  # of up to so many groups; with more, each is compared with the first one
@@ -199,7 +199,8 @@ def resampled_accuracies(
 
 
 def paired_tests(groups: Sequence[Group]) -> list[Pair]:
-    """Every pair of groups that were tested on the same images, or of many groups the first with each other one.
+    """Every pair of groups that were tested on the same images, or of many groups the first with each other one. Many,
+    medium and few are compared where both trained on classes of the same sizes.
 
     The intervals are a paired bootstrap over test images of the difference of the means over seeds: they say how far
     the test images decide between these trained models; what other seeds would do, Welch's t-test over runs asks.
@@ -210,18 +211,23 @@ def paired_tests(groups: Sequence[Group]) -> list[Pair]:
     pairs = [pair for pair in every if pair[0] == 0 or len(groups) <= ALL_PAIRS]
     tested_on: dict[tuple, list[int]] = {}
     for index, group in enumerate(groups):
-        keys = {(run.result["split_hash"], *run.files, *run.record["class_counts"]) for run in group.runs}
+        keys = {(run.result.get("tested_hash", run.result["split_hash"]), *run.files) for run in group.runs}
         if len(keys) == 1:
             tested_on.setdefault(keys.pop(), []).append(index)
     found = []
     for indices in tested_on.values():
-        reference = groups[indices[0]].runs[0]
+        counts = {index: tuple(groups[index].runs[0].record["class_counts"]) for index in indices}
+        parts = {(name, sizes): part for sizes in set(counts.values()) for name, part in shot_groups(sizes).items()}
         correct = np.stack([np.mean([run.correct for run in groups[index].runs], axis=0) for index in indices], axis=1)
-        draws = resampled_accuracies(correct, reference.targets, shot_groups(reference.record["class_counts"]))
+        draws = resampled_accuracies(correct, groups[indices[0]].runs[0].targets, parts)
         column = {index: place for place, index in enumerate(indices)}
         for first, second in pairs:
             if first in column and second in column:
-                change = {name: each[:, column[second]] - each[:, column[first]] for name, each in draws.items()}
+                change = {}
+                for key, each in draws.items():
+                    name, sizes = key if key in parts else (key, None)
+                    if sizes is None or sizes == counts[first] == counts[second]:
+                        change[name] = each[:, column[second]] - each[:, column[first]]
                 found.append(_pair(groups[first], groups[second], change))
     over_images = holm([pair.p for pair in found])
     over_seeds = iter(holm([pair.p_seeds for pair in found if pair.p_seeds is not None]))

@@ -1,7 +1,6 @@
 """A comparison of runs as text for the terminal, tables, a figure, and one HTML page that needs nothing else."""
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from textwrap import fill
@@ -10,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.compare import ACCURACIES, Group, Pair, mean_and_deviation
+from engine.console import printable
+from engine.figures import new_figure, png_of
 
 GENERATOR = '<meta name="generator" content="compare_runs.py">'  # tells our own page from somebody else's
 TITLES = {  # measure: (title, factor, decimals)
@@ -108,14 +109,12 @@ def markdown(table: Table) -> str:
 
 def figure_png(groups: Sequence[Group]) -> bytes:
     """Accuracies of every run as dots, mean and standard deviation of every group as a bar; groups from top down."""
-    from matplotlib.figure import Figure  # imported when something is drawn: it takes half a second
-
     names = [name for name in ACCURACIES if any(mean_and_deviation(group, name) for group in groups) and name != "top1"]
-    labels = [fill(group.name, 36) for group in groups]
+    labels = [fill(printable(group.name), 36) for group in groups]
     lines = sum(label.count("\n") + 2 for label in labels)
-    figure = Figure(figsize=(3 + 2.3 * len(names), 1.1 + 0.22 * lines), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for name, axes in zip(names, panels, strict=True):
+    size = 3 + 2.3 * len(names), 1.1 + 0.22 * lines
+    figure, panels = new_figure(*size, ncols=len(names), sharey=True, squeeze=False)
+    for name, axes in zip(names, panels[0], strict=True):
         for row, group in enumerate(groups):
             values = [100 * run.measures[name] for run in group.runs if name in run.measures]
             axes.plot(values, [row] * len(values), "o", color="#1b6ca8", alpha=0.6, markersize=6, zorder=3)
@@ -126,12 +125,9 @@ def figure_png(groups: Sequence[Group]) -> bytes:
         axes.set_xlabel("%")
         axes.margins(x=0.12)
         axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(groups)), labels, parse_math=False)
-    panels[0].set_ylim(len(groups) - 0.5, -0.5)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    panels[0, 0].set_yticks(range(len(groups)), labels, parse_math=False)
+    panels[0, 0].set_ylim(len(groups) - 0.5, -0.5)
+    return png_of(figure)
 
 
 def html_page(title: str, groups: Sequence[Group], pairs: Sequence[Pair], png: bytes, remarks: Sequence[str]) -> str:

@@ -9,11 +9,20 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def number_of_classes(number: int) -> str:
+    return f"{number} class{'' if number == 1 else 'es'}"
+
+
+def speaks() -> bool:
+    """Whether this process is the one that is heard; torchrun says so before anything is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         print(printable(text), flush=True)
 
 
 def warn(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
 """What a user is told when something is wrong: one line and an exit code, never a traceback."""
 
 import functools
-import os
 import sys
 from collections.abc import Callable
+
+from engine.console import speaks
 
 
 class Refused(Exception):  # noqa: N818  the sentence says what happened
@@ -32,7 +33,7 @@ def one_line_errors(main: Callable) -> Callable:
             print("stopped", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
         except Refused as error:
-            if os.environ.get("RANK", "0") == "0":
+            if speaks():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         except (Failed, OSError, RuntimeError, MemoryError) as error:

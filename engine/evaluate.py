@@ -21,20 +21,23 @@ PREDICT_WITH = ("main", *MARGIN_HEADS, "mean", "ncm")
 class Predictions(NamedTuple):
     """Rows in the order of the split; float64, margin-free."""
 
-    features: np.ndarray  # [N, D]
+    features: np.ndarray | None  # [N, D], where they were asked for
     logits: dict[str, np.ndarray]  # head -> [N, C]
     targets: np.ndarray  # [N]
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], amp_dtype: torch.dtype | None, text: str) -> Predictions:
+def predict(
+    model: nn.Module, batches: Iterable[Batch], amp_dtype: torch.dtype | None, text: str, with_features: bool = True
+) -> Predictions:
     """Run the model in evaluation mode over ``batches``; every process gets the rows of all. ``text`` names the bar."""
     model.eval()
     features, logits, targets, indices = [], [], [], []
     for batch in tqdm(batches, text, unit="batch", disable=None if distributed.is_main() else True, leave=False):
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = model(batch.images)
-        features.append(output.features.float())
+        if with_features:
+            features.append(output.features.float())
         logits.append(output.logits)
         targets.append(batch.targets)
         indices.append(batch.indices.to(batch.targets.device))
@@ -47,7 +50,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], amp_dtype: torch.dtype |
     heads = {head: gathered([each[head] for each in logits]) for head in logits[0]}
     if not all(np.isfinite(rows).all() for rows in heads.values()):
         raise Failed(f"the model's outputs are not finite ({text}): training has diverged; try a lower --lr")
-    return Predictions(gathered(features), heads, gathered(targets))
+    return Predictions(gathered(features) if with_features else None, heads, gathered(targets))
 
 
 def validation_row(logits: np.ndarray, targets: np.ndarray, class_counts: list[int]) -> dict[str, float]:

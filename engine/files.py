@@ -74,6 +74,28 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return content
 
 
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    write_atomically(path, lambda file: file.write(content.encode()))
+
+
+def read_json_lines(path: Path, keys: set[str], what: str, may_be_torn: bool = True) -> list[dict]:
+    """The objects in ``path``, a line each, none without a file; a last one that was only half written is left out
+    where it ``may_be_torn``. `Refused` for a line that is no ``what``: one that lacks ``keys``, or is no JSON."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and keys <= row.keys():
+            rows.append(row)
+        elif number < len(lines) or (line and not may_be_torn):
+            raise Refused(f"{path}, line {number}, is no {what}; mend or remove the line")
+    return rows
+
+
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -98,7 +120,5 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             # unlike flock's, not shared with worker processes
             fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise Failed(
-                f"another process is at work in {folder}; wait for it, or write elsewhere with --run_name"
-            ) from None
+            raise Failed(f"another process is at work in {folder}; wait for it to end") from None
         yield

@@ -70,8 +70,8 @@ def given_path(word: str) -> Path:
 
 
 def plain_name(word: str) -> str:
-    """A name for a folder, without a path."""
-    if not word or Path(word).name != word or word == "..":
+    """A name for a folder, without a path; "" is none."""
+    if Path(word).name != word or word == "..":
         raise argparse.ArgumentTypeError(f"{word!r} is no plain name; --root_model says where run folders lie")
     if len(os.fsencode(word)) > LONGEST_NAME:
         raise argparse.ArgumentTypeError(f"{word[:20]}... is longer than {LONGEST_NAME} bytes; give a shorter one")

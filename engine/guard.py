@@ -39,7 +39,7 @@ class NonFiniteGuard:
         self.skipped = torch.zeros((), device=device)
         self.scaled = scaled
         self.pending: tuple[int, SentToCpu, dict[str, Tensor]] | None = None
-        self.hook = optimizer.register_step_pre_hook(self._note_masked)
+        optimizer.register_step_pre_hook(self._note_masked)
 
     def _note_masked(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         masked = optimizer.found_inf  # set by the scaler for optimisers that mask on the device

@@ -49,8 +49,9 @@ def group_means(class_values: np.ndarray, groups: dict[str, np.ndarray]) -> dict
 
 def top_k_accuracy(logits: np.ndarray, targets: np.ndarray, k: int) -> float:
     """Share of rows whose target is among the ``min(k, C)`` largest logits; among equal logits the lower class wins."""
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    return float((best == targets[:, None]).any(axis=1).mean())
+    own, classes = np.take_along_axis(logits, targets[:, None], axis=1), np.arange(logits.shape[1])
+    before = (logits > own) | ((logits == own) & (classes < targets[:, None]))
+    return float((before.sum(axis=1) < k).mean())
 
 
 def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

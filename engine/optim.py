@@ -123,7 +123,7 @@ def build_clip(model: nn.Module, max_norm: float | None) -> Callable[[], None]:
     if max_norm is None:
         return lambda: None
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith("generator.")]
-    return lambda: torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
+    return lambda: torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def map_positions(model: LongTailClassifier, img_size: int) -> int:

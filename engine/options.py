@@ -11,8 +11,8 @@ from engine.distributed import device_type
 from engine.errors import Refused
 from engine.evaluate import PREDICT_WITH
 from engine.flags import Parser, add_switch, given_path, number_in, plain_name
-from engine.numerics import AMP, CHANNELS_LAST
 from engine.optim import add_optimizer_flags
+from engine.precision import AMP, CHANNELS_LAST
 from losses import CLASSIFICATION_LOSSES, add_loss_flags, uses_class_balanced_weights
 from models import add_model_flags
 from rsg import add_rsg_flags

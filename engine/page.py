@@ -16,8 +16,8 @@ from engine.curves import accuracy_curve, loss_curves
 from engine.errors import Refused
 from engine.files import write_atomically
 from engine.flags import command_line
-from engine.metrics import calibration_bins, confusion_matrix, per_class
-from engine.record import default_flags
+from engine.metrics import calibration_bins, per_class
+from engine.record import default_flags, real_class_counts
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 FIGURES = {  # key of metrics.json: its name for people, in the order of the page
@@ -44,7 +44,7 @@ PAIRS, PAIR_IMAGES, MISTAKES = 12, 4, 21
 THUMBNAIL = 128  # pixels of the longer side, at most
 
 
-class Predictions(NamedTuple):
+class JudgedImages(NamedTuple):
     """A test, image by image."""
 
     paths: list[Path]
@@ -52,12 +52,13 @@ class Predictions(NamedTuple):
     targets: np.ndarray  # [N]
     predicted: np.ndarray  # [N]
     confidence: np.ndarray  # [N]
+    confusion: np.ndarray  # [C, C], true class by predicted one
 
 
 def write_page(
     path: Path,
     result: dict,
-    predictions: Predictions,
+    predictions: JudgedImages,
     record: dict,
     groups: dict[str, np.ndarray],
     log: list[dict],
@@ -73,7 +74,7 @@ def write_page(
     rows = class_rows(predictions, record, groups)
     order = [row["index"] for row in rows]
     largest = max(row["train"] for row in rows)
-    confusion = confusion_matrix(predictions.targets, predictions.predicted, len(order))[order][:, order]
+    confusion = predictions.confusion[order][:, order]
     defaults = default_flags()
     page = template().render(
         run=name,
@@ -115,24 +116,22 @@ def figure(value: float, key: str) -> str:
     return f"{value:.3f}" if key in NO_PERCENTAGE else f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
 
 
-def class_rows(predictions: Predictions, record: dict, groups: dict[str, np.ndarray]) -> list[dict]:
+def class_rows(predictions: JudgedImages, record: dict, groups: dict[str, np.ndarray]) -> list[dict]:
     """What is known of each class, from most to fewest training images. Figures are None without test images."""
-    counts, names = record["class_counts"], record["readable_names"]
-    synthetic = record.get("synthetic_counts") or [0] * len(counts)
-    confusion = confusion_matrix(predictions.targets, predictions.predicted, len(counts))
+    counts, names, real = record["class_counts"], record["readable_names"], real_class_counts(record)
+    synthetic = record.get("synthetic_counts", [0] * len(counts))
+    confusion = predictions.confusion
     wrong = confusion - np.diag(confusion.diagonal())
     scores = [[None if math.isnan(value) else float(value) for value in values] for values in per_class(confusion)]
-    counted = record["flags"].get("count_synthetic", False)  # then the counts hold the synthetic images already
     rows = []
     for index in np.argsort(-np.asarray(counts), kind="stable").tolist():
-        shown = counts[index] + (0 if counted else synthetic[index])
         rows.append(
             {
                 "index": index,
                 "name": names[index],
                 "folder": record["classes"][index],
                 "group": next(group for group, members in groups.items() if members[index]),
-                "train": shown,
+                "train": real[index] + synthetic[index],
                 "synthetic": synthetic[index],
                 "test": int(confusion[index].sum()),
                 "recall": scores[0][index],
@@ -171,10 +170,9 @@ def matrix_cells(confusion: np.ndarray) -> Iterator[tuple[int, int, int, float]]
         yield row, column, number, number / int(confusion[row].sum())
 
 
-def pairs(predictions: Predictions, names: list[str]) -> list[dict]:
+def pairs(predictions: JudgedImages, names: list[str]) -> list[dict]:
     """The confusions of one class with another that befell most images, with the surest of these images."""
-    targets, predicted = predictions.targets, predictions.predicted
-    confusion = confusion_matrix(targets, predicted, len(names))
+    targets, predicted, confusion = predictions.targets, predictions.predicted, predictions.confusion
     wrong = confusion - np.diag(confusion.diagonal())
     shares = wrong / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     order = np.lexsort((-shares.ravel(), -wrong.ravel()))  # most images first, then the larger share
@@ -194,18 +192,18 @@ def pairs(predictions: Predictions, names: list[str]) -> list[dict]:
     return found
 
 
-def mistakes(predictions: Predictions, names: list[str]) -> list[dict]:
+def mistakes(predictions: JudgedImages, names: list[str]) -> list[dict]:
     """The wrong predictions of highest confidence."""
     rows = surest(predictions, predictions.targets != predictions.predicted, MISTAKES)
     return [shown(predictions, row, names) for row in rows]
 
 
-def surest(predictions: Predictions, chosen: np.ndarray, limit: int) -> list[int]:
+def surest(predictions: JudgedImages, chosen: np.ndarray, limit: int) -> list[int]:
     rows = np.flatnonzero(chosen)
     return rows[np.argsort(-predictions.confidence[rows], kind="stable")][:limit].tolist()
 
 
-def shown(predictions: Predictions, row: int, names: list[str]) -> dict:
+def shown(predictions: JudgedImages, row: int, names: list[str]) -> dict:
     return {
         "picture": thumbnail(predictions.paths[row]),
         "file": predictions.files[row],
@@ -231,7 +229,7 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def reliability(predictions: Predictions) -> list[dict]:
+def reliability(predictions: JudgedImages) -> list[dict]:
     """The bins of confidence that hold images."""
     bins = calibration_bins(predictions.confidence, predictions.targets == predictions.predicted)
     return [

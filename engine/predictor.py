@@ -14,10 +14,10 @@ from data.loaders import EvaluationLoader
 from engine.console import warn
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, class_means, default_head, predict
-from engine.numerics import autocast_dtype
+from engine.precision import autocast_dtype
 from engine.priors import model_prior, read_prior, reweighted
 from engine.record import read_record, real_class_counts
-from engine.run import default_weights, pixels_of, read_weights, trained_model
+from engine.weights import default_weights, pixels_of, read_weights, trained_model
 from models.heads import margin_heads_on
 
 

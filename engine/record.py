@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import io
-import json
 import math
 import platform
 import shlex
@@ -23,7 +22,6 @@ from engine import distributed, files
 from engine.errors import Refused
 from engine.flags import command_line, resolved_epoch
 from engine.hardware import hardware
-from engine.optim import center_lr_limit
 from engine.options import train_parser
 from losses import build_objective
 from models import LongTailClassifier
@@ -52,6 +50,7 @@ def new_record(
     pixels: Pixels,
     seed: int,
     model: LongTailClassifier,
+    optimizer: torch.optim.Optimizer,
     amp_dtype: torch.dtype | None,
     channels_last: bool,
 ) -> dict:
@@ -62,7 +61,7 @@ def new_record(
     synthetic = {}
     if folders.synthetic:
         synthetic = {"synthetic_counts": folders.synthetic_counts, "synthetic_hash": synthetic_hash(folders)}
-    limit = center_lr_limit(args, model, pixels.size)
+    limit = min(group["lr_limit"] for group in optimizer.param_groups)
     return {
         "flags": plain_flags(args),
         "classes": folders.classes,
@@ -85,7 +84,7 @@ def new_record(
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
         "versions": versions,
-        "center_lr_limit": limit if args.add_rsg and math.isfinite(limit) else None,
+        "center_lr_limit": limit if math.isfinite(limit) else None,
         "commit": code_commit(),
         "seed": seed,
         "parent": parent_run(args),
@@ -186,24 +185,12 @@ def real_class_counts(record: dict) -> list[int]:
 
 def training_images(record: dict) -> int:
     """All that an epoch goes through, real and synthetic."""
-    uncounted = 0 if record["flags"]["count_synthetic"] else sum(record.get("synthetic_counts", []))
-    return sum(record["class_counts"]) + uncounted
+    return sum(real_class_counts(record)) + sum(record.get("synthetic_counts", []))
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The rows of log.jsonl; a last one that was only half written is left out."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["epoch"]
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise Refused(f"{path}, line {number}, is no row of a log; mend or remove the line") from None
-            return rows[: number - 1]
-    return rows
+    """The rows of log.jsonl."""
+    return files.read_json_lines(folder / "log.jsonl", {"epoch"}, "row of a log")
 
 
 def code_commit(folder: Path = Path(__file__).parent) -> str | None:
@@ -265,7 +252,8 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         # halving, not walking: there is no limit to the epochs
         first = bisect.bisect(range(args.epochs), False, key=lambda epoch: generates(args, epoch))
         if record["center_lr_limit"] is not None and record["center_lr_limit"] < args.lr:
-            lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most, to stay stable")
+            why = "" if args.rsg_center_lr else ", to stay stable"
+            lines.append(f"           its centres learn at {record['center_lr_limit']:.3g} at most{why}")
         when = f"generates from epoch {first} of {args.epochs} on" if first < args.epochs else "never generates"
         lines.append(f"rsg        {record['generator_parameters'] / 1e6:.2f} M parameters, in training only; {when}")
     return "\n".join(lines)

@@ -1,22 +1,16 @@
 """The run folder: what a run was told, what it did, its weights, and all that an exact resume needs."""
 
 import argparse
-import hashlib
 import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
-import torch
-from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from data.folders import SPLITS
-from data.loaders import Pixels
 from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Failed, Refused
@@ -25,7 +19,7 @@ from engine.record import circumstances, plain_flags, read_log, read_record, sam
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss
-from models import LongTailClassifier, build_model
+from engine.weights import read_weights, save_weights
 
 MAY_CHANGE = {  # flags that a resumed run may give another value: they say where and how, not what
     *("workers", "print_freq", "save_every_steps", "device", "resume", "overwrite"),
@@ -101,9 +95,15 @@ class RunFolder:
             raise Refused(
                 f"--weights {args.weights} would be replaced by the run that starts from it; give a --run_name"
             )
-        foreign = [name for name in RUN_FILES if (self.path / name).exists()]
-        if foreign and not self.had_run:
-            raise Refused(f"{self.path} holds {foreign[0]} but no args.json; move it away or choose another --run_name")
+        foreign = [] if self.had_run else self._own_files()
+        if foreign:
+            raise Refused(f"{foreign[0]} is there without args.json; move it away or choose another --run_name")
+        if (there := next(path for path in (self.events, *self.events.parents) if path.exists())).is_file():
+            raise Refused(f"--root_log: {there} is a file, not a folder; name another one")
+
+    def _own_files(self) -> list[Path]:
+        """All that a run and its tests write, and that a fresh start removes."""
+        return [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]
 
     def check_unchanged(self) -> None:
         """Called with the lock held: `Failed` when another process has begun a run here since this one looked."""
@@ -182,14 +182,12 @@ class RunFolder:
         for summary in (experiment, session):
             self.writer.file_writer.add_summary(summary)
         if fresh:
-            for path in [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]:
+            for path in self._own_files():
                 path.unlink()
             files.write_json(self.path / "args.json", record)
         elif read_record(self.path) != self.record:
             files.write_json(self.path / "args.json", self.record)
-        rows = [row for row in read_log(self.path) if row["epoch"] < epoch]
-        content = "".join(f"{json.dumps(row)}\n" for row in rows)
-        files.write_atomically(self.path / "log.jsonl", lambda file: file.write(content.encode()))
+        files.write_json_lines(self.path / "log.jsonl", [row for row in read_log(self.path) if row["epoch"] < epoch])
 
     def commit(self, state: TrainingState, row: dict, class_means: np.ndarray | None, finished: bool) -> None:
         """End an epoch: log, weights, and last the state, which makes the rest count."""
@@ -205,7 +203,7 @@ class RunFolder:
             for key, value in row.items():
                 if key != "epoch":
                     self.writer.add_scalar(key, value, row["epoch"])
-            self.writer.flush()
+            self.writer.close() if finished else self.writer.flush()
             for name in ("last", "best") if is_best else ("last",):
                 save_weights(self.path / f"{name}.safetensors", state.judged, class_means, row["epoch"])
         state.save(self.path)
@@ -243,66 +241,6 @@ def summary_line(row: dict, is_best: bool) -> str:
     return "  ".join(part for part in [*parts, f"{row['seconds']:.1f} s"] if part)
 
 
-def save_weights(path: Path, model: nn.Module, class_means: np.ndarray | None, epoch: int) -> None:
-    """Weights for testing: everything but the generator, and the class means where they predict."""
-    tensors = {
-        name: value.contiguous() for name, value in model.state_dict().items() if name.split(".")[0] != "generator"
-    }
-    if class_means is not None:
-        tensors["class_means"] = torch.from_numpy(class_means)
-    content = safetensors.torch.save(tensors, metadata={"epoch": str(epoch)})
-    files.write_atomically(path, lambda file: file.write(content))
-
-
-class Weights(NamedTuple):
-    tensors: dict[str, Tensor]
-    epoch: int  # they are from
-    hash: str  # SHA-256 of the file
-
-
-def read_weights(folder: Path, weights: str) -> Weights:
-    """``best`` or ``last``, from one look at the file, which a training may replace at any time."""
-    path = folder / f"{weights}.safetensors"
-    if not path.exists():
-        raise Refused(
-            f"{path} does not exist; has the run finished an epoch, and had it val/ images to choose the best?"
-        )
-    try:
-        content = path.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        epoch = int(header["__metadata__"]["epoch"])  # which safetensors gives of a path only, not of bytes
-        return Weights(safetensors.torch.load(content), epoch, hashlib.sha256(content).hexdigest())
-    except Exception as error:  # SafetensorError is not public
-        raise Refused(
-            f"{path} cannot be read ({error!r:.200}); put a copy in its place, or train anew with --overwrite"
-        ) from None
-
-
-def load_run(folder: Path | str, weights: str | None = None) -> tuple[LongTailClassifier, Pixels, list[str]]:
-    """The model of a run in evaluation mode, what turns an RGB PIL image into its input, and the class names.
-
-    ``weights`` is "best" or "last"; by default the best, or the last where nothing was selected.
-    """
-    folder = Path(folder)
-    record = read_record(folder)
-    tensors = read_weights(folder, weights or default_weights(folder)).tensors
-    return trained_model(folder, record, tensors), pixels_of(record), record["classes"]
-
-
-def trained_model(folder: Path, record: dict, tensors: dict[str, Tensor]) -> LongTailClassifier:
-    """The model of the run that ``record`` is of, in evaluation mode, with these weights from its ``folder``."""
-    model = build_model(
-        argparse.Namespace(**record["flags"] | {"pretrained": False}), record["class_counts"], with_generator=False
-    )
-    try:
-        model.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "class_means"})
-    except RuntimeError as error:
-        raise Refused(
-            f"the weights in {folder} do not fit its args.json: {str(error).splitlines()[1].strip()}"
-        ) from None
-    return model.eval()
-
-
 def find_run(name: str, root: Path) -> Path:
     """The run folder at the path ``name``, or of that name below ``root``; `Refused` with those that there are."""
     for folder in (Path(name), root / name):
@@ -312,11 +250,3 @@ def find_run(name: str, root: Path) -> Path:
     shown = ", ".join(runs[:10] + ["..."] * (len(runs) > 10))
     there_are = f"runs in {root}: {shown}" if runs else f"there are no runs in {root}; train one first"
     raise Refused(f"no run at {name} or {root / name}; {there_are}")
-
-
-def default_weights(folder: Path) -> str:
-    return "best" if (folder / "best.safetensors").exists() else "last"
-
-
-def pixels_of(record: dict) -> Pixels:
-    return Pixels(record["img_size"], tuple(record["mean"]), tuple(record["std"]))

@@ -34,7 +34,7 @@ class Selection:
             means = class_means(predict(model, self.training, self.amp_dtype, "class means"), len(self.class_counts))
         if self.validation is None:
             return {}, means
-        predictions = predict(model, self.validation, self.amp_dtype, "validation")
+        predictions = predict(model, self.validation, self.amp_dtype, "validation", means is not None)
         logits = chosen_logits(predictions, "main" if means is None else "ncm", means, self.scale)
         row = validation_row(logits, predictions.targets, self.class_counts)
         for head, logits in predictions.logits.items():

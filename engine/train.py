@@ -36,8 +36,8 @@ def train_one_epoch(
     """Train on ``batches``, whose ``sizes`` in images are those of all batches of the epoch, of all processes, and add
     what happened to ``state.sums``.
 
-    ``forward`` is the model, or the model wrapped for several processes. ``clip`` finds true gradients. ``save`` is
-    called after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
+    ``forward`` is the model, or the model wrapped for several processes. ``clip`` is called on unscaled gradients,
+    ``save`` after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
     `NonFiniteGuard`.
     """
     forward.train()
@@ -64,7 +64,7 @@ def train_one_epoch(
         if is_update and save_due(state.step):
             stop_if(guard.last_trouble(), guard, state, recent)
             save()
-        if step % print_freq == 0:
+        if step % print_freq == 0 and not bar.disable:  # the figure waits for the device
             bar.set_postfix(loss=f"{(state.sums['train_loss'] / state.sums['images']).item():.4g}")
     stop_if(guard.last_trouble(), guard, state, recent)
 
@@ -100,7 +100,8 @@ def with_batch(
     values["skipped_batches"] = skipped * distributed.is_main()  # all processes skip together
     if "center_distance" in output.auxiliary:
         values["rsg_center_distance"] = output.auxiliary["center_distance"] * num_real
-    return {name: sums.get(name, torch.zeros((), device=loss.device)) + value for name, value in values.items()}
+    zero = torch.zeros((), device=loss.device)
+    return {name: sums.get(name, zero) + value for name, value in values.items()}
 
 
 def hits_on(predicted: Tensor, targets: Tensor, real: Tensor | None) -> Tensor:

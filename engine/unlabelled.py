@@ -1,16 +1,14 @@
 """Images without labels: which there are below a folder, and the table of what they are taken for."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from scipy.special import softmax
-from tqdm import tqdm
 
 from data.build import workers_in_use
 from data.folders import Split, image_files
-from data.images import read_image
+from data.images import faults, first_of, read_image
 from engine import distributed
 from engine.console import say
 from engine.errors import Failed, Refused
@@ -35,9 +33,13 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     other = read_json(table.with_suffix(".json"), default={}).get("images")
     if table.exists() and other not in (None, about["images"]):
         raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")
-    size, workers = predictor.record["img_size"], workers_in_use(predictor.args)
-    faults = distributed.from_main(unreadable(paths, size, workers) if distributed.is_main() else None)
-    readable = [path for path, fault in zip(paths, faults, strict=True) if not fault]
+    size, wrong = predictor.record["img_size"], None
+    if distributed.is_main():
+        wrong = faults(
+            paths, lambda _, path: read_image(path, at_least=size), workers_in_use(predictor.args), "checking"
+        )
+    wrong = distributed.from_main(wrong)
+    readable = [path for path, fault in zip(paths, wrong, strict=True) if not fault]
     rows = iter(())
     if readable:
         loader = predictor.loader(Split(readable, [0] * len(readable)))
@@ -46,11 +48,14 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
         table.parent.mkdir(exist_ok=True)
         files = [os.path.relpath(path, directory) for path in paths]
         write_json(table.with_suffix(".json"), about)
-        write_unlabelled(table, files, [None if fault else next(rows) for fault in faults], predictor.record["classes"])
+        write_unlabelled(table, files, [None if fault else next(rows) for fault in wrong], predictor.record["classes"])
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
-    if broken := [fault for fault in faults if fault]:
-        more = f"; and {len(broken) - 20} more without a class in {table}" if len(broken) > 20 else ""
-        raise Failed("; ".join(broken[:20]) + more) if distributed.is_main() else SystemExit(Failed.exit_code)
+    if broken := [fault for fault in wrong if fault]:
+        raise (
+            Failed(first_of(broken, f" without a class in {table}"))
+            if distributed.is_main()
+            else SystemExit(Failed.exit_code)
+        )
     return {"n": len(readable), "table": str(table)}
 
 
@@ -70,20 +75,6 @@ def images_below(directory: Path) -> list[Path]:
     if not paths:
         raise Refused(f"--images {directory} holds no image; .jpg, .png and the like are read, in inner folders too")
     return sorted(paths)
-
-
-def unreadable(paths: list[Path], size: int, workers: int) -> list[str]:
-    """What is wrong with each image that cannot be read for ``size`` px, by path; "" with the others."""
-
-    def fault(path: Path) -> str:
-        try:
-            read_image(path, at_least=size)
-        except Refused as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(tqdm(pool.map(fault, paths), "checking", len(paths), unit="image", disable=None, leave=False))
 
 
 def write_unlabelled(path: Path, files: list[str], probabilities: list[np.ndarray | None], classes: list[str]) -> None:

@@ -22,20 +22,6 @@ from losses.objective import HeadTerm, Objective
 from losses.supcon import SupConLoss
 from models.heads import margin_heads_on
 
-__all__ = [
-    "BalancedSupConLoss",
-    "CrossEntropyLoss",
-    "FocalLoss",
-    "LDAMLoss",
-    "LogitAdjustedLoss",
-    "Objective",
-    "SupConLoss",
-    "add_loss_flags",
-    "build_objective",
-    "class_balanced_weights",
-    "inverse_frequency_weights",
-]
-
 CLASSIFICATION_LOSSES = {  # name: (printed name, built from flags, class counts and class weights)
     "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight, args.label_smoothing)),
     "ldam": (
@@ -201,28 +187,16 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
     """The objective in force in ``epoch`` (None: when all has begun): before ``--drw_epoch`` class weights are 1."""
     deferred = epoch is not None and args.drw_epoch is not None and epoch < resolved_epoch(args, "drw_epoch")
     heads = ["main", *margin_heads_on(args)]
-    if names := losses_on(args):
-        head_terms = [
-            _head_term(args, name, head, class_counts, "none" if deferred else _weight_type(args, name))
-            for head in heads
-            for name in names
-        ]
-    elif len(heads) > 1:  # margin heads as their papers define them
-        head_terms = [
-            HeadTerm(
-                f"cross_entropy_{head}",
-                f"CE({_title(args, head)})",
-                1.0,
-                head,
-                CrossEntropyLoss(label_smoothing=args.label_smoothing),
-            )
-            for head in heads
-        ]
-    else:
-        head_terms = []
+    terms = [
+        (name, getattr(args, f"{name}_loss_weight"), "none" if deferred else _weight_type(args, name))
+        for name in losses_on(args)
+    ]
+    if not terms and len(heads) > 1:  # margin heads as their papers define them
+        terms = [("cross_entropy", 1.0, "none")]
+    supcon = BalancedSupConLoss if args.supcon_balance else SupConLoss
     return Objective(
-        head_terms,
-        _supcon(args) if args.add_supcon_loss else None,
+        [_head_term(args, *term, head, class_counts) for head in heads for term in terms],
+        supcon(args.supcon_temperature) if args.add_supcon_loss else None,
         args.supcon_loss_weight,
         args.supcon_generated if args.add_rsg else "all",
         "projections" if args.supcon_projection_dim else "features",
@@ -231,19 +205,12 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
     )
 
 
-def _head_term(args: argparse.Namespace, name: str, head: str, class_counts: Sequence[int], weight_type: str):
+def _head_term(
+    args: argparse.Namespace, name: str, factor: float, weight_type: str, head: str, class_counts: Sequence[int]
+) -> HeadTerm:
     title, build_loss = CLASSIFICATION_LOSSES[name]
     weights_title, build_weights = CLASS_WEIGHTS[weight_type]
     weight: Tensor | None = build_weights(args, class_counts)
-    text = f"{title}({_title(args, head)}{f'; {weights_title} weights' if weights_title else ''})"
-    return HeadTerm(
-        f"{name}_{head}", text, getattr(args, f"{name}_loss_weight"), head, build_loss(args, class_counts, weight)
-    )
-
-
-def _supcon(args: argparse.Namespace) -> SupConLoss | BalancedSupConLoss:
-    return (BalancedSupConLoss if args.supcon_balance else SupConLoss)(args.supcon_temperature)
-
-
-def _title(args: argparse.Namespace, head: str) -> str:
-    return ("normed" if args.norm_out else "linear") if head == "main" else head
+    on = ("normed" if args.norm_out else "linear") if head == "main" else head
+    text = f"{title}({on}{f'; {weights_title} weights' if weights_title else ''})"
+    return HeadTerm(f"{name}_{head}", text, factor, head, build_loss(args, class_counts, weight))

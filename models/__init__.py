@@ -6,17 +6,16 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torchvision
 from torch import nn
 
 from engine.errors import Refused
 from engine.flags import add_switch, given_path
 from models.backbones import Backbone, torchvision_resnet
-from models.classifier import LongTailClassifier, Output
+from models.classifier import LongTailClassifier
 from models.heads import add_head_flags, build_heads
 from models.resnet_cifar import resnet_cifar
 from rsg import build_generator
-
-__all__ = ["ARCHITECTURES", "LongTailClassifier", "Output", "add_model_flags", "build_model", "load_backbone_weights"]
 
 ARCHITECTURES = {
     "resnext50_32x4d": lambda args: torchvision_resnet("resnext50_32x4d", args.stem, args.pretrained),
@@ -46,7 +45,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_model_flags(args: argparse.Namespace) -> list[str]:
     """Warnings; `Refused` for starts that cannot be had."""
-    if args.pretrained and args.arch.startswith("resnet32"):
+    if args.pretrained and args.arch not in torchvision.models.list_models():
         raise Refused(
             f"--pretrained: torchvision has no weights for {args.arch}; leave it out or choose another --arch"
         )
@@ -55,7 +54,7 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
     if args.weights and not args.weights.is_file():
         raise Refused(f"--weights {args.weights} is no file; give a state dict")
     warnings = []
-    if args.stem != "imagenet" and args.arch.startswith("resnet32"):
+    if args.stem != "imagenet" and args.arch not in torchvision.models.list_models():
         warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")
     if args.pretrained and args.stem == "small":
         warnings.append("--stem small replaces the first layers: their pretrained weights are not used")

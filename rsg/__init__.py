@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
-from rsg.generator import RareSampleGenerator, head_classes
-
-__all__ = ["RareSampleGenerator", "add_rsg_flags", "build_generator", "head_classes"]
+from rsg.generator import RareSampleGenerator
 
 
 def add_rsg_flags(parser: argparse.ArgumentParser) -> None:

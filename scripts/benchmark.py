@@ -15,7 +15,7 @@ from engine import distributed, files
 from engine.errors import one_line_errors
 from engine.flags import Parser, add_switch, given_path, number_in
 from engine.hardware import num_cores
-from engine.numerics import AMP, CHANNELS_LAST
+from engine.precision import AMP, CHANNELS_LAST
 from scripts.benchmarks.heads import head_rows
 from scripts.benchmarks.inputs import epoch_rows, evaluation_rows, input_rows
 from scripts.benchmarks.measuring import HEADER, Bench, machine, text_of

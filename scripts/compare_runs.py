@@ -91,7 +91,7 @@ def remarks_on(runs: list[Run]) -> list[str]:
     commits = {str(record.get("commit")) for record in records}
     remarks = []
     if len({run.record["split_hash"] for run in runs} | {run.result["split_hash"] for run in runs}) > 1:
-        remarks.append("These runs saw different images; differences are given only between runs of the same.")
+        remarks.append("These runs saw different images; differences are given only between runs tested on the same.")
     if len(machines) > 1:
         remarks.append(f"Seconds and memory are not of like runs: {'; '.join(sorted(machines))}.")
     if len(commits) > 1:

@@ -23,7 +23,7 @@ import torch
 
 from engine.errors import Failed, one_line_errors
 from engine.flags import Parser, given_path, number_in
-from engine.run import read_log
+from engine.record import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"seconds", "images_per_second", "peak_memory_bytes"}  # keys of the log that a clock or the system fills

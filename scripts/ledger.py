@@ -10,7 +10,6 @@ command, images, hardware and precision, is replaced.
 """
 
 import argparse
-import json
 import re
 import shlex
 import statistics
@@ -22,7 +21,7 @@ import imagenet_lt_train
 from engine.compare import Run, read_run, what_is_missing
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
-from engine.files import locked, write_atomically
+from engine.files import locked, read_json_lines, write_atomically, write_json_lines
 from engine.flags import Parser, command_line, given_path
 from engine.record import plain_flags
 from engine.run import MAY_CHANGE
@@ -110,7 +109,8 @@ def main(args: argparse.Namespace) -> None:
 
 def add(given_folders: list[Path], path: Path, page_path: Path) -> None:
     """Add the runs in these folders to the ledger at ``path``, and write its page."""
-    held = {identity(entry): entry for entry in read_ledger(path)}
+    entries = read_json_lines(path, {*SAME_RUN}, "run", may_be_torn=False)
+    held = {identity(entry): entry for entry in entries}
     for given in given_folders:
         folders = [folder for folder in (given, *sorted(given.glob("*/"))) if (folder / "args.json").is_file()]
         if not folders:
@@ -130,25 +130,13 @@ def add(given_folders: list[Path], path: Path, page_path: Path) -> None:
             else:
                 held[identity(entry)] = entry
     entries = [held[key] for key in sorted(held)]
-    lines = "".join(f"{json.dumps(entry)}\n" for entry in entries)
-    write_atomically(path, lambda file: file.write(lines.encode()))
+    write_json_lines(path, entries)
     write_atomically(page_path, lambda file: file.write(page(entries).encode()))
     say(f"{len(entries)} runs in {path}")
 
 
 def identity(entry: dict) -> tuple[str, ...]:
     return tuple(str(entry[key]) for key in SAME_RUN)
-
-
-def read_ledger(path: Path) -> list[dict]:
-    entries = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            entries.append(json.loads(line))
-            identity(entries[-1])
-        except (ValueError, TypeError, KeyError):
-            raise Refused(f"{path}, line {number}, is no run; mend or remove the line") from None
-    return entries
 
 
 def entry_of(run: Run) -> dict:

@@ -27,7 +27,8 @@ from engine.flags import Parser, given_path, number_in
 from engine.options import train_parser
 from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
 from engine.record import code_commit, plain_flags, read_record
-from engine.run import RunFolder, default_weights, find_run, pixels_of, read_weights, save_weights, trained_model
+from engine.run import RunFolder, find_run
+from engine.weights import default_weights, pixels_of, read_weights, save_weights, trained_model
 
 CRT = "--add_cross_entropy_loss --add_ldam_loss False --add_supcon_loss False --add_rsg False --sampler balanced "
 CRT += "--freeze_backbone --epochs 10 --lr 0.1 --lr_schedule cosine"
@@ -131,6 +132,7 @@ def rescale(args: argparse.Namespace) -> None:
             run.check_unchanged()
             run.begin(record, 0, fresh=True)
             save_weights(run.path / "last.safetensors", model, None, weights.epoch)
+            run.writer.close()
     say(f"tau {tau:g}; test it with: {run.test_command()}")
     distributed.stop()
 

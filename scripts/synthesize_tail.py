@@ -23,7 +23,7 @@ from data.contact_sheet import save_contact_sheet
 from data.diffusion import SCHEDULERS, Diffusion
 from data.folders import ImageFolders, read_image_folders
 from data.generation import fill, seconds_an_image
-from data.loaders import own_size
+from data.pixel_sources import own_size
 from data.synthesis import Job, Manifest, Plan, Recipe, locked_manifest, prompt_names, wanted_images
 from data.synthetic_filters import Agreement, Filters
 from engine import distributed

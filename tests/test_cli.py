@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.options import train_parser
-from engine.run import load_run
+from engine.weights import load_run
 from losses import check_class_weights
 from scripts import prepare_data
 
@@ -154,9 +154,9 @@ def test_a_generator_that_never_starts_is_a_warning(capsys):
         ("--add_rsg False --rsg_centers 3", "--rsg_centers changes nothing"),
         ("--arc_margin 0.2", "--arc_margin changes nothing"),
         ("--am_scale 10 --add_add_margin_loss", None),
-        ("--freeze_backbone --weights w --backbone_lr 0.1", "--backbone_lr changes nothing"),
-        ("--freeze_backbone --weights w --add_rsg False", "SupCon trains nothing"),
-        ("--freeze_backbone --weights w --add_rsg False --supcon_projection_dim 8", None),
+        ("--freeze_backbone --weights LICENSE --backbone_lr 0.1", "--backbone_lr changes nothing"),
+        ("--freeze_backbone --weights LICENSE --add_rsg False", "SupCon trains nothing"),
+        ("--freeze_backbone --weights LICENSE --add_rsg False --supcon_projection_dim 8", None),
         ("--warmup_epochs 50", "--lr is never reached"),
         ("--drs_epoch 20 --ldam_weight_type none", "DRS never begins"),
         ("--drs_epoch 19 --ldam_weight_type none", None),

@@ -329,11 +329,6 @@ def test_all_pairs_of_up_to_ten_groups_and_of_more_those_with_the_first_one(make
         assert pairs == expected[count]
 
 
-def test_groups_with_other_class_counts_are_not_paired(make_run):
-    folders = [make_run("a", 0), make_run("b", 0, lr=0.5, record={"class_counts": [300, 50, 7]})]
-    assert paired_tests(grouped([read_run(folder) for folder in folders])) == []
-
-
 def test_one_run_says_nothing_of_other_seeds(make_run):
     folders = [make_run("a_seed0", 0), make_run("b_seed0", 0, 5, lr=0.5), make_run("b_seed1", 1, 5, lr=0.5)]
     (pair,) = paired_tests(grouped([read_run(folder) for folder in folders]))
@@ -408,6 +403,20 @@ def test_different_splits_are_refused_unless_told(make_run, tmp_path, capsys):
     assert "split ffffffffffff" in printed.out
     assert "saw different images" in printed.err
     assert (tmp_path / "out" / "pairs.csv").read_text().strip() == ""  # equal names are no equal images
+
+
+def test_runs_of_other_training_images_are_paired_on_the_same_test(make_run, tmp_path):
+    """Where classes are of other sizes, many, medium and few are left out."""
+    other = {"split_hash": "f" * 64, "class_counts": [300, 60, 9]}
+    runs = [make_run("a", 0, 9), make_run("b", 0, 5, lr=0.5), make_run("c", 0, 5, record=other)]
+    for run in runs:
+        path = run / "test" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tested_hash": "the same"}))
+    compare(*runs, "--allow_different_splits", "--output", tmp_path / "out")
+    with (tmp_path / "out" / "pairs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["balanced_accuracy_difference"] for row in rows)
+    assert [bool(row["few_difference"]) for row in rows] == [True, False, False]
 
 
 def test_runs_tested_on_different_splits_are_refused(make_run, capsys):

@@ -130,13 +130,16 @@ def test_what_cannot_be_judged_and_what_is_not_used_is_noted(clean):
     (clean / "test/dog").rename(clean / "test/.dog")
     (clean / "train/cat/notes.txt").write_text("x")
     (clean / "train/cat/nested").mkdir()
+    (clean / "valid").mkdir()
+    (clean / "stray.png").write_bytes(b"")
     code, findings, _ = audit(clean)
     assert code == 0
     assert findings == {
         "note no val images: the last epoch will be the model": [],
         "note 1 class(es) cannot be judged in test: no images": ["test/dog"],
-        "note 5 entries that are not used: no image, hidden or out of place": [
-            "test/.dog", "test/.dog/0.jpg", "test/.dog/1.jpg", "train/cat/nested", "train/cat/notes.txt"
+        "note 7 entries that are not used: no image, hidden or out of place": [
+            "stray.png", "test/.dog", "test/.dog/0.jpg", "test/.dog/1.jpg", "train/cat/nested", "train/cat/notes.txt",
+            "valid",
         ],
     }  # fmt: skip
 

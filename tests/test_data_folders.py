@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data.folders import read_image_folders, split_hash
+from data.folders import read_image_folders, split_hash, stamp
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.errors import Refused
 
@@ -77,11 +78,18 @@ def test_the_hash_is_that_of_the_sorted_lines(tmp_path):
     assert split_hash(read_image_folders(root)) == expected
 
 
-def test_a_record_is_believed_only_for_the_same_files(tmp_path):
-    root = write_images(tmp_path, {"train/a": 1, "train/b": 1})
+def test_a_record_is_believed_only_for_the_same_files_in_the_folder_that_was_stamped(tmp_path):
+    root = write_images(tmp_path / "data", {"train/a": 1, "train/b": 1})
     counted = split_hash(read_image_folders(root))
     (root / "split.json").write_text(json.dumps({"hash": "recorded", "files": ["train/a/0.png", "train/b/0.png"]}))
+    assert split_hash(read_image_folders(root)) == counted
+    stamp(root)
     assert split_hash(read_image_folders(root)) == "recorded"
+    shutil.copytree(root, tmp_path / "copy")
+    assert split_hash(read_image_folders(tmp_path / "copy")) == counted
+    root.rename(tmp_path / "renamed")
+    assert split_hash(read_image_folders(tmp_path / "renamed")) == "recorded"
+    (tmp_path / "renamed").rename(root)
     (root / "split.json").write_text(json.dumps({"hash": "recorded", "files": ["train/a/0.png"]}))
     assert split_hash(read_image_folders(root)) == counted
 
@@ -181,6 +189,7 @@ def test_a_file_put_in_place_of_another_is_noticed_whatever_its_time(tmp_path):
     root = write_images(tmp_path, {"train/a": 2, "train/b": 2})
     names = ["train/a/0.png", "train/a/1.png", "train/b/0.png", "train/b/1.png"]
     (root / "split.json").write_text(json.dumps({"files": names, "hash": "of the former images"}))
+    stamp(root)
     assert split_hash(read_image_folders(root)) == "of the former images"
     time.sleep(1.1)
     Image.new("RGB", (5, 5)).save(root / "other.png")

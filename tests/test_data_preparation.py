@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.folders import read_image_folders, split_hash
+from data.folders import is_stamped, read_image_folders, split_hash
 from data.images import read_image
 from data.preparation import refuse_names_of_paths
 from engine.errors import Refused
@@ -101,6 +102,23 @@ def test_another_draw_is_refused_until_overwrite_is_said(tmp_path, photos, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
 
 
+def test_another_dataset_json_is_refused_until_overwrite_is_said(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    (photos / "dataset.json").write_text('{"hflip": false}')
+    assert "another dataset.json" in error_of(capsys, *words)
+    prepare(*words, "--overwrite")
+    assert not read_image_folders(tmp_path / "out").flips
+
+
+def test_a_copy_is_believed_when_it_was_compared_with_its_source(tmp_path, photos):
+    words = ["folder", "--source", photos, "--output"]
+    prepare(*words, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    stamps = [is_stamped(tmp_path / "copy"), prepare(*words, tmp_path / "copy"), is_stamped(tmp_path / "copy")]
+    assert stamps == [False, None, True]
+
+
 def test_a_missing_image_is_noticed_and_overwrite_brings_it_back(tmp_path, photos, capsys):
     words = ["folder", "--source", photos, "--output", tmp_path / "out"]
     prepare(*words)
@@ -120,7 +138,9 @@ def test_a_damaged_image_is_noticed_and_overwrite_mends_it(tmp_path, photos, cap
     path.write_bytes(b"junk")
     assert "something else" in error_of(capsys, *words)
     prepare(*words, "--overwrite")
-    assert {name: content for name, (content, _) in snapshot(tmp_path / "out").items()} == {
+    after = snapshot(tmp_path / "out")
+    assert after.pop(".stamp") != before.pop(".stamp")
+    assert {name: content for name, (content, _) in after.items()} == {
         name: content for name, (content, _) in before.items()
     }
 
@@ -307,7 +327,7 @@ def test_a_run_killed_at_any_moment_completes_when_run_again(tmp_path, photos, f
     killed.kill()
     killed.wait()
     if (tmp_path / "out").exists():  # whole, or not there
-        assert len(snapshot(tmp_path / "out")) == 1622
+        assert len(snapshot(tmp_path / "out")) == 1623
     subprocess.run([*words, str(tmp_path / "out")], check=True, capture_output=True)
     records = [(tmp_path / name / "split.json").read_text() for name in ("out", "undisturbed")]
     assert records[0] == records[1]

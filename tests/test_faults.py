@@ -123,7 +123,7 @@ def test_a_process_that_fails_ends_although_its_exception_keeps_workers_alive(tm
     code = """if True:
         import sys
         import torch
-        from data.loaders import FixedViews, WorkerPool
+        from data.pixel_sources import FixedViews, WorkerPool
         pool = WorkerPool(FixedViews([sys.argv[1]], 32), 1, torch.device("cpu"))
         pool.itself = pool
         print(next(pool.read([[0], [0]])).shape)

@@ -12,19 +12,11 @@ import torchvision.transforms.functional as tvf
 from PIL import Image
 from scipy.stats import binom, kstest
 
-from data import loaders, transforms
+from data import pixel_sources, transforms
 from data.folders import Split
 from data.images import read_image
-from data.loaders import (
-    Batch,
-    DecodedImages,
-    EvaluationLoader,
-    Pixels,
-    TrainingLoader,
-    decode_all,
-    decoded_bytes,
-    own_size,
-)
+from data.loaders import Batch, EvaluationLoader, Pixels, TrainingLoader
+from data.pixel_sources import DecodedImages, decode_all, decoded_bytes, own_size
 from data.samplers import SAMPLERS, batch_bounds, epoch_draws, epoch_order, policy_draws
 from data.transforms import (
     BRIGHTNESS,
@@ -545,7 +537,7 @@ def test_a_header_that_claims_a_bomb_takes_no_memory(tmp_path):
 
 def test_an_image_of_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
     split = write_split(tmp_path, 2, 100)
-    monkeypatch.setattr(loaders, "image_size", lambda path: (100, 99))  # as if it was replaced meanwhile
+    monkeypatch.setattr(pixel_sources, "image_size", lambda path: (100, 99))  # as if it was replaced meanwhile
     with pytest.raises(Refused, match="not of the size"):
         DecodedImages(split.paths, workers=1)
 

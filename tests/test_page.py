@@ -21,8 +21,9 @@ import imagenet_lt_test
 import imagenet_lt_train
 from engine import metrics
 from engine.flags import command_line
+from engine.metrics import confusion_matrix
 from engine.options import train_parser
-from engine.page import Predictions, write_page
+from engine.page import JudgedImages, write_page
 from engine.record import plain_flags
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -115,8 +116,9 @@ def write(
     Image.fromarray(random.integers(0, 256, (90, 70, 3), dtype=np.uint8)).save(folder / "noise.png")
     files = files or [f"test/image {row}.png" for row in range(len(targets))]
     paths = [folder / ("gone.png" if "gone" in file else "noise.png") for file in files]
-    predictions = Predictions(paths, files, targets, predicted, np.array(confidence))
-    write_page(folder / "report.html", result, predictions, record, groups, log, COMMAND, feature_map)
+    confusion = confusion_matrix(targets, predicted, len(counts))
+    images = JudgedImages(paths, files, targets, predicted, np.array(confidence), confusion)
+    write_page(folder / "report.html", result, images, record, groups, log, COMMAND, feature_map)
     return Page(folder / "report.html"), result
 
 

@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.metrics import confusion_matrix, per_class, shot_groups
-from engine.report import (
+from engine.figures import (
     evenly_spaced,
     feature_map,
     plot_accuracy_by_class,
     plot_confusion,
     plot_features,
     plot_reliability,
-    table,
-    write_csv,
-    write_per_class,
-    write_predictions,
 )
+from engine.metrics import confusion_matrix, per_class, shot_groups
+from engine.report import table, write_csv, write_per_class, write_predictions
 
 CLASSES = ["common", "odd, with a comma", 'a "quoted" one', "never tested"]
 COUNTS = [200, 50, 20, 7]
@@ -105,6 +102,10 @@ RESULT = {
     "split": "test",
     "n": 300,
     "classes_tested": 10,
+    "weights": "best",
+    "epoch": 3,
+    "predict_with": "main",
+    "last": {"epoch": 7, "balanced_accuracy": 0.8125},
     "top1": 0.8765,
     "few": 0.5,
     "nll": 0.51234,
@@ -118,12 +119,23 @@ RESULT = {
 def test_the_table_gives_percentages_with_their_intervals_and_nats():
     assert table(RESULT).splitlines() == [
         "300 test images of 10 classes",
+        "best weights, of epoch 3; predicted by the main head",
         "top1                87.65 %  [85.00, 90.00]",
         "few                 50.00 %  [40.00, 60.00]  4 classes",
         "nll                 0.512    [0.45, 0.57]",
         "brier               0.200  ",
         "[ ]: 95 % bootstrap intervals, too narrow where recalls are near 0 or 1; nll in nats",
+        "the last epoch, 7: balanced_accuracy 81.25 %",
     ]
+
+
+@pytest.mark.parametrize(
+    ("head", "words"), [("ncm", "nearest class mean"), ("mean", "mean of all"), ("arc", "arc head")]
+)
+def test_the_table_says_which_weights_predict_by_what(head, words):
+    text = table(RESULT | {"predict_with": head, "weights": "last"})
+    assert f"last weights, of epoch 3; predicted by the {words}" in text
+    assert "the last epoch" not in text
 
 
 def test_the_table_says_where_intervals_mean_little():

@@ -342,14 +342,24 @@ def test_two_runs_in_one_folder_do_not_mix(tmp_path, tiny_dataset, capsys):
     assert "another process is at work" in capsys.readouterr().err
 
 
-def test_files_of_somebody_else_are_not_touched(tmp_path, tiny_dataset, capsys):
-    mine = tmp_path / "run" / "log.jsonl"
-    mine.parent.mkdir()
+def test_a_file_where_events_would_lie_is_refused(tmp_path, tiny_dataset, capsys):
+    (tmp_path / "log").write_text("mine")
+    with pytest.raises(SystemExit) as error:
+        train(tmp_path, tiny_dataset)
+    assert error.value.code == 2
+    assert f"--root_log: {tmp_path / 'log'} is a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "predict/log.jsonl.csv", "test_mine/metrics.json"])
+def test_files_of_somebody_else_are_not_touched(file, tmp_path, tiny_dataset, capsys):
+    mine = tmp_path / "run" / file
+    mine.parent.mkdir(parents=True)
     mine.write_text("my own log")
     with pytest.raises(SystemExit) as error:
         train(tmp_path, tiny_dataset)
     assert error.value.code == 2
-    assert "log.jsonl" in capsys.readouterr().err
+    assert f"{mine} is there without args.json" in capsys.readouterr().err
     assert mine.read_text() == "my own log"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import imagenet_lt_test
 import imagenet_lt_train
 from engine.compare import what_is_missing
-from engine.run import load_run, read_weights
+from engine.weights import load_run, read_weights
 from scripts import retrain_classifier
 
 BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"

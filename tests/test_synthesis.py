@@ -22,7 +22,7 @@ import imagenet_lt_train
 from data import generation
 from data.diffusion import Diffusion
 from data.folders import read_image_folders
-from data.preparation import locked
+from data.preparation import try_lock
 from data.synthesis import Manifest, Plan, Recipe, prompt_names, wanted_images
 from scripts import synthesize_tail
 
@@ -396,7 +396,7 @@ def test_files_of_somebody_else_are_left_alone(tiny_dataset, flags, capsys):
 
 def test_a_folder_belongs_to_one_process(tiny_dataset, flags, capsys):
     (tiny_dataset / "synthetic").mkdir()
-    lock = locked(tiny_dataset / "synthetic")
+    lock = try_lock(tiny_dataset / "synthetic")
     try:
         assert "another process is drawing" in error_of(lambda: synthesize(flags), 1, capsys)
     finally:

@@ -14,7 +14,7 @@ from data.duplicates import near_duplicates
 from data.folders import read_image_folders
 from data.synthetic_filters import Agreement, Filters
 from engine.errors import Refused
-from engine.run import load_run
+from engine.weights import load_run
 from tests.test_synthesis import train
 
 CPU = torch.device("cpu")

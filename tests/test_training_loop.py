@@ -14,11 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 import imagenet_lt_test
 import imagenet_lt_train
-from engine.numerics import build_scaler
 from engine.optim import build_average
-from engine.run import RunFolder, load_run
+from engine.precision import build_scaler
+from engine.run import RunFolder
 from engine.state import TrainingState
 from engine.train import epoch_row, update
+from engine.weights import load_run
 
 PLAIN = "--arch resnet32 --batch_size 8 --lr 0.05 --lr_schedule constant --wd 0 --seed 0 --workers 0 --amp off"
 PLAIN += " --add_rsg False --add_supcon_loss False --ldam_weight_type none"

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from engine.hardware import cpu_name
-from engine.numerics import has_native_bfloat16
+from engine.precision import has_native_bfloat16
 
 LEAST_SECONDS = 0.2  # what is faster is called several times for one measurement
 

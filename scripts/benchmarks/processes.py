@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import Failed
-from engine.run import read_log
+from engine.record import read_log
 from scripts.benchmarks.inputs import make_images
 from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients
 

@@ -18,9 +18,9 @@ from data.loaders import Batch
 from data.long_tail import imbalanced_counts
 from engine import distributed
 from engine.guard import NonFiniteGuard
-from engine.numerics import autocast_dtype, build_scaler, has_native_bfloat16, is_channels_last
 from engine.optim import build_clip, build_optimizer
 from engine.options import train_parser
+from engine.precision import autocast_dtype, build_scaler, has_native_bfloat16, is_channels_last
 from engine.state import TrainingState
 from engine.train import peak_memory_bytes, train_one_epoch
 from losses import build_objective
