@@ -14,7 +14,7 @@ from data.build import build_pixels, build_training_loader, check_data, check_da
 from data.loaders import TrainingLoader
 from engine import distributed, files
 from engine.console import say, warn
-from engine.errors import one_line_errors
+from engine.errors import Refused, one_line_errors
 from engine.guard import NonFiniteGuard
 from engine.interrupt import StopSignal
 from engine.optim import (
@@ -62,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
+    if args.sync_bn and device.type != "cuda":
+        raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
     folders = distributed.together(lambda: read_data(args))
     distributed.together(lambda: check_data(args, folders))
     for warning in check_class_weights(args, folders.class_counts):
@@ -164,12 +166,12 @@ def fit(
                 guard,
                 batches,
                 training.sizes[:num_steps],
-                amp_dtype,
-                clip,
-                save_due,
-                save,
-                args.print_freq,
-                f"epoch {epoch}",
+                amp_dtype=amp_dtype,
+                clip=clip,
+                save_due=save_due,
+                save=save,
+                print_freq=args.print_freq,
+                text=f"epoch {epoch}",
             )
         except NonFiniteLoss as error:
             raise run.nonfinite(error, state, training.paths) from None

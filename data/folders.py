@@ -203,10 +203,8 @@ def split_hash(folders: ImageFolders) -> str:
     names, path = folders.names(), folders.root / "split.json"
     recorded = read_json(path, default={})
     is_listed = recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str)
-    if is_listed and is_stamped(folders.root):
-        written = path.stat().st_ctime  # unlike mtime never that of a file which was copied or moved here
-        if all(image.stat().st_ctime <= written + 1 for image in names.values()):
-            return recorded["hash"]
+    if is_listed and is_as_stamped(folders.root, names.values()):
+        return recorded["hash"]
     return _hash_of_images(names)
 
 
@@ -224,18 +222,23 @@ def _hash_of_images(names: dict[str, Path]) -> str:
 
 
 def stamp(root: Path) -> None:
-    """Note that ``split.json`` is of the images in ``root``."""
-    (root / STAMP).write_text(_birth(root))
+    """Note that ``split.json``, just written or touched, is of the images in ``root``."""
+    (root / STAMP).write_text(_changes(root))
 
 
-def is_stamped(root: Path) -> bool:
-    """Whether ``root`` is the folder that was stamped, and not a copy of it."""
-    return (root / STAMP).is_file() and (root / STAMP).read_text() == _birth(root)
+def is_as_stamped(root: Path, images: Iterable[Path]) -> bool:
+    """Whether ``root`` is the folder that was stamped, not a copy of it, and none of its ``images`` changed since."""
+    if not (root / STAMP).is_file() or (root / STAMP).read_bytes() != _changes(root).encode():
+        return False
+    written = (root / "split.json").stat().st_ctime  # unlike mtime never that of a file which was copied or moved here
+    return all(image.stat().st_ctime <= written + 1 for image in images)
 
 
-def _birth(root: Path) -> str:
-    """When the entries of train/ were made, in ns: renaming ``root`` keeps it, and no copy can have it."""
-    return str((root / "train").stat().st_ctime_ns)
+def _changes(root: Path) -> str:
+    """When ``split.json`` and the splits' folders last changed, in ns: renaming ``root`` keeps these times, no copy can
+    have them, and a class or a split from elsewhere moves them."""
+    names = ["split.json", *(split for split in SPLITS if (root / split).is_dir())]
+    return " ".join(str((root / name).stat().st_ctime_ns) for name in names)
 
 
 def synthetic_hash(folders: ImageFolders) -> str:

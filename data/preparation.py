@@ -1,11 +1,11 @@
 """A data folder written whole or not at all: into a locked sibling, then renamed."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.class_folders import Source
-from data.folders import SPLITS, class_folders, hash_of_lines, image_files, is_stamped, stamp
+from data.folders import SPLITS, class_folders, hash_of_lines, image_files, is_as_stamped, stamp
 from data.long_tail import Names, Profile
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
@@ -40,14 +40,17 @@ def publish(
         raise Refused(f"there is one class, {next(iter(drawn['train']))}; a classifier needs at least two")
     if output.exists():
         is_same = holds_exactly(output, files)
-        if is_same and read_json(output / "dataset.json", default={}) == source.about:
-            if not is_stamped(output):
-                stamp(output)
-            return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}"
+        is_told_so = read_json(output / "dataset.json", default={}) == source.about
+        if is_same and (is_told_so or not overwrite):
+            if not is_as_stamped(output, [output / name for name in files]):
+                with contextlib.suppress(OSError):  # of a folder that is protected: it is hashed at every start
+                    (output / "split.json").touch()
+                    stamp(output)
+            kept = "" if is_told_so else "; its dataset.json is another one and is kept, --overwrite replaces it"
+            return f"{output} is prepared already: {summary(drawn)}, split hash {recorded_hash(output)}{kept}"
         refuse_to_lose(output)
         if not overwrite:
-            what = "these images under another dataset.json" if is_same else "something else"
-            raise Refused(f"{output} holds {what}; --overwrite replaces it, --output DIR writes elsewhere")
+            raise Refused(f"{output} holds something else; --overwrite replaces it, --output DIR writes elsewhere")
     new = scratch / "new"
     digest = write_files(files, new, link)
     write_json(new / "dataset.json", source.about)
@@ -67,7 +70,7 @@ def summary(drawn: dict[str, Names]) -> str:
     return ", ".join([train, *others])
 
 
-@contextmanager
+@contextlib.contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside ``output``, ours alone until the end; what a killed run left there is removed first."""
     if not output.resolve().name:

@@ -15,18 +15,13 @@ from engine.errors import Refused
 from engine.hardware import keep_freed_memory
 
 
-def device_type(name: str) -> str:
-    """The kind of device that ``--device`` means; one that several processes can share where torchrun started them."""
-    if name != "auto":
-        return name
-    mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-
-
 def start(device_name: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device for ``--device``. On a CPU
     the process keeps the memory that it frees."""
-    device = torch.device(device_type(device_name))
+    if device_name == "auto":
+        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
+        device_name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = torch.device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -35,7 +30,7 @@ def start(device_name: str) -> torch.device:
         raise Refused("--device mps: several processes cannot share it; try --device cpu, or leave torchrun out")
     if device.type == "cuda":
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:  # all of them refuse: only the first one is heard
+        if processes > gpus:  # all of this machine refuse: only the first one is heard
             raise Refused(f"--device cuda: {processes} process(es) need a GPU each, but {gpus} can be used")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)

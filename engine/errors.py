@@ -1,10 +1,9 @@
 """What a user is told when something is wrong: one line and an exit code, never a traceback."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
-
-from engine.console import speaks
 
 
 class Refused(Exception):  # noqa: N818  the sentence says what happened
@@ -22,7 +21,7 @@ class Failed(Exception):  # noqa: N818
 def one_line_errors(main: Callable) -> Callable:
     """Wrap a script's ``main``: what a user can cause becomes one line on stderr and `SystemExit` with its code.
 
-    All processes of a launch refuse alike, so the first one speaks for them; what failed is said where it failed.
+    All processes of a machine refuse alike, so its first one speaks for them; what failed is said where it failed.
     """
 
     @functools.wraps(main)
@@ -33,7 +32,7 @@ def one_line_errors(main: Callable) -> Callable:
             print("stopped", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
         except Refused as error:
-            if speaks():
+            if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         except (Failed, OSError, RuntimeError, MemoryError) as error:

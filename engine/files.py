@@ -82,7 +82,8 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 def read_json_lines(path: Path, keys: set[str], what: str, may_be_torn: bool = True) -> list[dict]:
     """The objects in ``path``, a line each, none without a file; a last one that was only half written is left out
     where it ``may_be_torn``. `Refused` for a line that is no ``what``: one that lacks ``keys``, or is no JSON."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    content = path.read_bytes().rstrip(b"\n") if path.exists() else b""
+    lines = content.split(b"\n") if content else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -91,7 +92,7 @@ def read_json_lines(path: Path, keys: set[str], what: str, may_be_torn: bool = T
             row = None
         if isinstance(row, dict) and keys <= row.keys():
             rows.append(row)
-        elif number < len(lines) or (line and not may_be_torn):
+        elif number < len(lines) or not may_be_torn:
             raise Refused(f"{path}, line {number}, is no {what}; mend or remove the line")
     return rows
 

@@ -7,7 +7,6 @@ from data.build import add_data_flags
 from data.folders import SPLITS
 from data.loaders import CACHE_LIMIT
 from engine import metrics
-from engine.distributed import device_type
 from engine.errors import Refused
 from engine.evaluate import PREDICT_WITH
 from engine.flags import Parser, add_switch, given_path, number_in, plain_name
@@ -62,11 +61,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
-    """`Refused` for wishes that exclude each other, or that the device cannot meet."""
+    """`Refused` for wishes that exclude each other."""
     if args.resume and args.overwrite:
         raise Refused("--resume goes on with the run in the folder, --overwrite replaces it; give one")
-    if args.sync_bn and device_type(args.device) != "cuda":
-        raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
 
 
 def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:

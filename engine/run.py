@@ -95,6 +95,8 @@ class RunFolder:
             raise Refused(
                 f"--weights {args.weights} would be replaced by the run that starts from it; give a --run_name"
             )
+        if self.record is None and args.weights and not args.weights.is_file():
+            raise Refused(f"--weights {args.weights} is no file; give a state dict")
         foreign = [] if self.had_run else self._own_files()
         if foreign:
             raise Refused(f"{foreign[0]} is there without args.json; move it away or choose another --run_name")

@@ -119,16 +119,7 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
     if "ldam" in on and not args.norm_out:
         warnings.append("LDAM on a Linear head: a margin on unbounded logits does next to nothing; use --norm_out True")
     weighted = [name for name in on if _weight_type(args, name) != "none"]
-    flags = [f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted]
-    adjusted = "logit_adjusted" in on and args.logit_adjust_tau > 0
-    if (weighted or adjusted) and sampler != "uniform":
-        others = ", ".join(flags + ["--add_logit_adjusted_loss"] * adjusted)
-        warnings.append(f"corrected twice: the {sampler} sampler and {others} both make up for rare classes")
-    if adjusted and "logit_adjusted" in weighted:
-        warnings.append(
-            f"corrected twice: the logit-adjusted loss and --logit_adjusted_weight_type "
-            f"{args.logit_adjusted_weight_type} both make up for rare classes"
-        )
+    warnings += _corrected_twice(args, weighted, sampler)
     if (
         args.freeze_backbone
         and args.add_supcon_loss
@@ -146,6 +137,18 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
             "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
         )
     return warnings
+
+
+def _corrected_twice(args: argparse.Namespace, weighted: list[str], sampler: str) -> list[str]:
+    """Warnings about losses, those ``weighted`` by class among them, and a sampler that make up for the same thing."""
+    adjusted = "logit_adjusted" in losses_on(args) and args.logit_adjust_tau > 0
+    ways = [f"--{name}_weight_type {getattr(args, f'{name}_weight_type')}" for name in weighted]
+    ways += ["--add_logit_adjusted_loss"] * adjusted
+    pairs = [(f"the {sampler} sampler", ", ".join(ways))] if ways and sampler != "uniform" else []
+    if adjusted and "logit_adjusted" in weighted:
+        flag = f"--logit_adjusted_weight_type {args.logit_adjusted_weight_type}"
+        pairs.append(("the logit-adjusted loss", flag))
+    return [f"corrected twice: {one} and {other} both make up for rare classes" for one, other in pairs]
 
 
 def check_class_weights(args: argparse.Namespace, class_counts: Sequence[int]) -> list[str]:
@@ -197,11 +200,11 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
     return Objective(
         [_head_term(args, *term, head, class_counts) for head in heads for term in terms],
         supcon(args.supcon_temperature) if args.add_supcon_loss else None,
-        args.supcon_loss_weight,
-        args.supcon_generated if args.add_rsg else "all",
-        "projections" if args.supcon_projection_dim else "features",
-        args.rsg_cesc_weight if args.add_rsg else 0.0,
-        args.rsg_mv_weight if args.add_rsg else 0.0,
+        supcon_factor=args.supcon_loss_weight,
+        supcon_generated=args.supcon_generated if args.add_rsg else "all",
+        supcon_sees="projections" if args.supcon_projection_dim else "features",
+        cesc_factor=args.rsg_cesc_weight if args.add_rsg else 0.0,
+        mv_factor=args.rsg_mv_weight if args.add_rsg else 0.0,
     )
 
 

@@ -51,8 +51,6 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
         )
     if args.pretrained and args.weights:
         raise Refused("--pretrained and --weights both say where to start from; give one")
-    if args.weights and not args.weights.is_file():
-        raise Refused(f"--weights {args.weights} is no file; give a state dict")
     warnings = []
     if args.stem != "imagenet" and args.arch not in torchvision.models.list_models():
         warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")

@@ -154,9 +154,9 @@ def test_a_generator_that_never_starts_is_a_warning(capsys):
         ("--add_rsg False --rsg_centers 3", "--rsg_centers changes nothing"),
         ("--arc_margin 0.2", "--arc_margin changes nothing"),
         ("--am_scale 10 --add_add_margin_loss", None),
-        ("--freeze_backbone --weights LICENSE --backbone_lr 0.1", "--backbone_lr changes nothing"),
-        ("--freeze_backbone --weights LICENSE --add_rsg False", "SupCon trains nothing"),
-        ("--freeze_backbone --weights LICENSE --add_rsg False --supcon_projection_dim 8", None),
+        ("--freeze_backbone --weights w --backbone_lr 0.1", "--backbone_lr changes nothing"),
+        ("--freeze_backbone --weights w --add_rsg False", "SupCon trains nothing"),
+        ("--freeze_backbone --weights w --add_rsg False --supcon_projection_dim 8", None),
         ("--warmup_epochs 50", "--lr is never reached"),
         ("--drs_epoch 20 --ldam_weight_type none", "DRS never begins"),
         ("--drs_epoch 19 --ldam_weight_type none", None),
@@ -322,6 +322,10 @@ def test_a_wrong_number_of_classes_names_both(tmp_path, tiny_dataset, capsys):
         (["--arch", "resnet99"], "resnext50_32x4d"),
         (["--lr", "0"], "above 0"),
         (["--batch_size", "1"], "at least 2"),
+        (["--cbl_beta", "1"], "below 1"),
+        (["--ema_decay", "1"], "below 1"),
+        (["--momentum", "1"], "below 1"),
+        (["--label_smoothing", "1"], "below 1"),
         (["--learning", "1"], "unrecognized"),
         (["--start_epoch", "20"], "--start_epoch"),
         (["@missing.txt"], "missing.txt"),
@@ -348,6 +352,10 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, tiny_dataset, capsys
     one, other = load_run(first)[0].state_dict(), load_run(run)[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one if name.endswith("conv1.weight"))
     assert not torch.equal(one["heads.main.weight"], other["heads.main.weight"])
+    (first / "last.safetensors").unlink()
+    assert f"{weights} is no file" in refused(capsys, lambda: train(tmp_path / "fourth", tiny_dataset, *start))
+    train(tmp_path / "second", tiny_dataset, *start, "--resume")
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--data_dir", "--root_model", "--weights"])

@@ -419,6 +419,18 @@ def test_runs_of_other_training_images_are_paired_on_the_same_test(make_run, tmp
     assert [bool(row["few_difference"]) for row in rows] == [True, False, False]
 
 
+def test_runs_of_other_classes_are_not_paired(make_run):
+    folders = [make_run("a", 0), make_run("b", 0, lr=0.5, record={"classes": ["x", "b", "c"]})]
+    assert paired_tests(grouped([read_run(folder) for folder in folders])) == []
+
+
+def test_a_test_that_knows_its_images_is_paired_with_an_older_one_by_the_split(make_run):
+    folders = [make_run("a", 0), make_run("b", 0, lr=0.5)]
+    path = folders[0] / "test" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tested_hash": "its own"}))
+    assert len(paired_tests(grouped([read_run(folder) for folder in folders]))) == 1
+
+
 def test_runs_tested_on_different_splits_are_refused(make_run, capsys):
     one, other = make_run("a", 0), make_run("b", 0, 5)
     metrics = json.loads((other / "test" / "metrics.json").read_text())

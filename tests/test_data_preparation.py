@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.folders import is_stamped, read_image_folders, split_hash
+from data.folders import is_as_stamped, read_image_folders, split_hash
 from data.images import read_image
 from data.preparation import refuse_names_of_paths
 from engine.errors import Refused
@@ -102,21 +102,41 @@ def test_another_draw_is_refused_until_overwrite_is_said(tmp_path, photos, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
 
 
-def test_another_dataset_json_is_refused_until_overwrite_is_said(tmp_path, photos, capsys):
+def test_another_dataset_json_is_kept_until_overwrite_is_said(tmp_path, photos, capsys):
     words = ["folder", "--source", photos, "--output", tmp_path / "out"]
     prepare(*words)
     (photos / "dataset.json").write_text('{"hflip": false}')
-    assert "another dataset.json" in error_of(capsys, *words)
+    prepare(*words)
+    assert "its dataset.json is another one and is kept" in capsys.readouterr().out
+    assert read_image_folders(tmp_path / "out").flips
     prepare(*words, "--overwrite")
     assert not read_image_folders(tmp_path / "out").flips
 
 
-def test_a_copy_is_believed_when_it_was_compared_with_its_source(tmp_path, photos):
+def test_a_copy_is_believed_when_it_was_compared_with_its_source(tmp_path, photos, capsys):
     words = ["folder", "--source", photos, "--output"]
     prepare(*words, tmp_path / "out")
-    shutil.copytree(tmp_path / "out", tmp_path / "copy")
-    stamps = [is_stamped(tmp_path / "copy"), prepare(*words, tmp_path / "copy"), is_stamped(tmp_path / "copy")]
-    assert stamps == [False, None, True]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(tmp_path / "out/split.json", copy)
+    time.sleep(1.1)  # a copy takes its time
+    shutil.copytree(tmp_path / "out", copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("split.json"))
+    assert not is_as_stamped(copy, copy.glob("*/*/*.png"))
+    prepare(*words, copy)
+    assert "prepared already" in capsys.readouterr().out
+    assert is_as_stamped(copy, copy.glob("*/*/*.png"))
+
+
+@pytest.mark.parametrize("moved", ["test", "test/a"])
+def test_what_was_moved_here_from_another_folder_is_noticed(tmp_path, photos, moved):
+    prepare("folder", "--source", photos, "--output", tmp_path / "one")
+    for path in photos.rglob("*.png"):
+        Image.new("RGB", (8, 8), "red").save(path)
+    prepare("folder", "--source", photos, "--output", tmp_path / "other")
+    hashes = [split_hash(read_image_folders(tmp_path / name)) for name in ("one", "other")]
+    shutil.rmtree(tmp_path / "one" / moved)
+    (tmp_path / "other" / moved).rename(tmp_path / "one" / moved)
+    assert split_hash(read_image_folders(tmp_path / "one")) not in hashes
 
 
 def test_a_missing_image_is_noticed_and_overwrite_brings_it_back(tmp_path, photos, capsys):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import imagenet_lt_train
-from engine.errors import one_line_errors
+from engine.errors import Refused, one_line_errors
 from engine.state import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +61,20 @@ def has_saved(folder: Path) -> bool:
 
 def on_a_full_gpu(size: int) -> None:
     raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_refusal_is_said_once_on_every_machine(local_rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+    def refuse() -> None:
+        raise Refused("this")
+
+    with pytest.raises(SystemExit) as error:
+        one_line_errors(refuse)()
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: this\n" * lines
 
 
 @pytest.mark.parametrize("allocate", [np.empty, torch.empty, on_a_full_gpu])
