@@ -44,7 +44,8 @@ def center_loss(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def mv_loss(maps: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(3)
-    return RareSampleGenerator(3, COUNTS).maximized_vector_loss(maps.detach(), maps.roll(1, 1), maps.flip(1), 2 * maps)
+    loss = RareSampleGenerator(3, COUNTS).maximized_vector_loss(maps.detach(), maps.roll(1, 1), maps.flip(1), 2 * maps)
+    return 0.1 * loss  # as in training its steps are small: large ones magnify rounding
 
 
 LOSSES = {
@@ -158,7 +159,7 @@ def test_two_processes_with_uneven_rows_equal_one(two_processes, name):
     for (value, gradients), (value_of_two, gradients_of_two) in zip(
         history(name, 0, 1), two_processes[0][name], strict=True
     ):
-        assert value_of_two == pytest.approx(value, rel=3e-6, abs=3e-6)
+        assert value_of_two == pytest.approx(value, rel=1e-6, abs=1e-6)
         for gradient, gradient_of_two in zip(gradients, gradients_of_two, strict=True):
             torch.testing.assert_close(gradient_of_two, gradient, rtol=1e-5, atol=1e-5)
 
