@@ -210,10 +210,10 @@ def paired_tests(groups: Sequence[Group]) -> list[Pair]:
     every = list(combinations(range(len(groups)), 2))
     pairs = [pair for pair in every if pair[0] == 0 or len(groups) <= ALL_PAIRS]
     tested_on: dict[tuple, list[int]] = {}
-    is_known = all("tested_hash" in run.result for group in groups for run in group.runs)  # not in older tests
-    images = "tested_hash" if is_known else "split_hash"
+    is_new = all("tested_hash" in run.result for group in groups for run in group.runs)
+    hash_of_images = "tested_hash" if is_new else "split_hash"  # older tests know that of all splits only
     for index, group in enumerate(groups):
-        keys = {(run.result[images], *run.files, *run.record["classes"]) for run in group.runs}
+        keys = {(run.result[hash_of_images], *run.files, *run.record["classes"]) for run in group.runs}
         if len(keys) == 1:
             tested_on.setdefault(keys.pop(), []).append(index)
     found = []
