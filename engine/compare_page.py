@@ -124,6 +124,8 @@ def figure_png(groups: Sequence[Group]) -> bytes:
         axes.set_title(name.replace("_accuracy", "").replace("balanced", "balanced accuracy"), fontsize=10)
         axes.set_xlabel("%")
         axes.margins(x=0.12)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -1), min(high, 101))  # room for a dot at 0 or 100, and no other impossible value
         axes.grid(axis="x", alpha=0.3)
     panels[0, 0].set_yticks(range(len(groups)), labels, parse_math=False)
     panels[0, 0].set_ylim(len(groups) - 0.5, -0.5)

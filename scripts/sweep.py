@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -236,64 +237,80 @@ def in_use(folder: Path) -> bool:
         return True
 
 
-def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path | None) -> list[str]:
-    """Carry out ``runs``, so many at a time; their output goes into ``logs``, or where ours goes. Returns what failed,
-    in words. A signal is handed on to the runs, which save; then the sweep ends with the signal's exit code. A hang-up
-    is a SIGTERM to the runs, which do not know it, and nothing under nohup."""
-    processes: set[subprocess.Popen] = set()
-    received = []
+class Processes:
+    """Those of the runs that are under way. A signal is handed on to them, which save. A hang-up is a SIGTERM to them,
+    who do not know it, and nothing under nohup."""
 
-    def hand_on(number: int, frame) -> None:
-        received.append(number)
-        for process in list(processes):
-            stop(process)
+    def __init__(self, environment: dict[str, str], logs: Path | None):
+        self.environment, self.logs = environment, logs
+        self.running: set[subprocess.Popen] = set()
+        self.received: list[int] = []  # signals
 
-    def stop(process: subprocess.Popen) -> None:
-        process.send_signal(signal.SIGINT if received[-1] == signal.SIGINT else signal.SIGTERM)
+    @contextlib.contextmanager
+    def hearing_signals(self) -> Iterator[None]:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        former = {number: signal.signal(number, self.hand_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
-    def carry_out(run: Run) -> str | None:
+    def hand_on(self, number: int, frame) -> None:
+        self.received.append(number)
+        for process in list(self.running):
+            self.stop(process)
+
+    def stop(self, process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGINT if self.received[-1] == signal.SIGINT else signal.SIGTERM)
+
+    def carry_out(self, run: Run) -> str | None:
+        """Train and test; what failed, in words."""
         if in_use(run.folder):
             say(f"{run.name} waits for another process that trains in {run.folder}")
-        while in_use(run.folder) and not received:
+        while in_use(run.folder) and not self.received:
             time.sleep(0.2)
         for command in run.commands:
-            if received:
+            if self.received:
                 return None
-            with log_of(run, logs) as log:
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-                processes.add(process)
-                if received:  # between the question above and the start
-                    stop(process)
-                code = process.wait()
-                processes.discard(process)
-            if code and not received:
-                return f"{run.name} ended with {code}{last_line(run, logs)}"
+            code = self.call(command, run)
+            if code and not self.received:
+                return f"{run.name} ended with {code}{last_line(run, self.logs)}"
         return None
 
-    def log_of(run: Run, logs: Path | None):
-        return (logs / f"{run.name}.txt").open("a") if logs else contextlib.nullcontext()
+    def call(self, command: list[str], run: Run) -> int:
+        with (self.logs / f"{run.name}.txt").open("a") if self.logs else contextlib.nullcontext() as log:
+            process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            self.running.add(process)
+            if self.received:  # after it was asked whether there is a signal, and before the start
+                self.stop(process)
+            code = process.wait()
+            self.running.discard(process)
+        return code
 
-    failures = []
+
+def run_all(runs: list[Run], jobs: int, environment: dict[str, str], logs: Path | None) -> list[str]:
+    """Carry out ``runs``, so many at a time; their output goes into ``logs``, or where ours goes. Returns what failed,
+    in words. After a signal the sweep ends with its exit code."""
+    failures, processes = [], Processes(environment, logs)
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-    former = {number: signal.signal(number, hand_on) for number in numbers}
-    try:
-        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run", disable=None) as bar:
-            started = {pool.submit(carry_out, run): run for run in runs}
-            for future in as_completed(started):
-                failure = future.result()
-                failures += [failure] if failure else []
-                bar.update()
-                if not received:
-                    bar.write(f"failed: {failure}" if failure else f"done: {started[future].name}")
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if received:
-        say(f"stopped by {signal.Signals(received[0]).name}; the same command goes on")
-        raise SystemExit(128 + received[0])
+    with (
+        processes.hearing_signals(),
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(runs), unit="run", disable=None) as bar,
+    ):
+        started = {pool.submit(processes.carry_out, run): run for run in runs}
+        for future in as_completed(started):
+            failure = future.result()
+            failures += [failure] if failure else []
+            bar.update()
+            if not processes.received:
+                bar.write(f"failed: {failure}" if failure else f"done: {started[future].name}")
+    if processes.received:
+        say(f"stopped by {signal.Signals(processes.received[0]).name}; the same command goes on")
+        raise SystemExit(128 + processes.received[0])
     return failures
 
 
