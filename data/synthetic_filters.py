@@ -15,7 +15,7 @@ from data.loaders import EvaluationLoader
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, default_head, predict
 from engine.record import read_record
-from engine.weights import default_weights, load_run, read_weights
+from engine.weights import default_weights, pixels_of, read_weights, trained_model
 
 BLACK = 16  # grey levels of 255 that no pixel of a black image reaches; a safety checker paints 0
 FLAT = 4.0  # grey levels; the standard deviation of every channel of a flat image is below
@@ -29,10 +29,10 @@ class Agreement:
         self.record = read_record(run)
         if self.record["classes"] != classes:
             raise Refused(f"--filter_model {run} was trained on other classes than those of --data_dir")
-        self.model, self.pixels, self.classes = load_run(run)
-        self.model.to(device)
-        means = read_weights(run, default_weights(run)).tensors.get("class_means")
-        self.class_means = None if means is None else means.numpy()
+        tensors = read_weights(run, default_weights(run)).tensors
+        self.class_means = tensors["class_means"].numpy() if "class_means" in tensors else None
+        self.model = trained_model(run, self.record, tensors).to(device)
+        self.pixels, self.classes = pixels_of(self.record), classes
         self.name, self.first, self.device, self.workers = run.name, first, device, workers
 
     def objections(self, paths: list[Path], targets: list[int]) -> list[str | None]:
