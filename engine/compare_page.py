@@ -1,8 +1,7 @@
 """A comparison of runs as text for the terminal, tables, a figure, and one HTML page that needs nothing else."""
 
-import base64
 from collections.abc import Sequence
-from html import escape
+from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
@@ -11,7 +10,9 @@ import numpy as np
 from engine.compare import ACCURACIES, Group, Pair, mean_and_deviation
 from engine.console import printable
 from engine.figures import new_figure, png_of
+from engine.page import data_uri, template
 
+TEMPLATE = Path(__file__).with_name("compare_page.html.jinja")
 GENERATOR = '<meta name="generator" content="compare_runs.py">'  # tells our own page from somebody else's
 TITLES = {  # measure: (title, factor, decimals)
     "balanced_accuracy": ("balanced %", 100, 1),
@@ -134,86 +135,13 @@ def figure_png(groups: Sequence[Group]) -> bytes:
 
 def html_page(title: str, groups: Sequence[Group], pairs: Sequence[Pair], png: bytes, remarks: Sequence[str]) -> str:
     """The whole comparison; tables sort by a click on a column's title."""
-    figure = base64.b64encode(png).decode()
-    runs = "".join(
-        f"<li>{escape(group.name)}: <code>{escape(group.runs[0].record.get('objective', ''))}</code><ul>"
-        + "".join(f"<li>seed {run.record['seed']}: <code>{escape(str(run.folder))}</code></li>" for run in group.runs)
-        + "</ul></li>"
-        for group in groups
+    return template(TEMPLATE).render(
+        generator=GENERATOR,
+        title=title,
+        remarks=remarks,
+        settings=group_table(groups),
+        differences=pair_table(pairs),
+        figure=data_uri("png", png),
+        notes=NOTES if pairs else NOTES[:1],
+        groups=groups,
     )
-    tests = f"<h2>Differences</h2>\n{_html_table(pair_table(pairs))}" if pairs else ""
-    warnings = "".join(f"<p class=remark>{escape(remark)}</p>" for remark in remarks)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in (NOTES if pairs else NOTES[:1]))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-{GENERATOR}<title>{escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-{warnings}
-{_html_table(group_table(groups))}
-<div class=wide><img alt="Test accuracies of every run, with mean and standard deviation" \
-src="data:image/png;base64,{figure}"></div>
-{tests}
-<section class=notes>{notes}</section>
-<details><summary>Runs and objectives</summary><ul>{runs}</ul></details>
-<script>{_SCRIPT}</script></body></html>
-"""
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th scope=col><button>{escape(title)}</button></th>" for title in table.titles)
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f'<td{" class=number" if not isinstance(cell.value, str) else ""} data-value="{escape(str(cell.value))}">'
-            f"{escape(cell.text).replace('_', '_<wbr>')}</td>"
-            for cell in row
-        )
-        + "</tr>\n"
-        for row in table.rows
-    )
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1a1a1a; --line: #d5d5d5; --soft: #f4f4f4; --mark: #a33; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #000; --text: #e4e4e4; --line: #3a3a3a; --soft: #181818; --mark: #f88; }
-  img { filter: invert(1) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 90rem;
-  background: var(--back); color: var(--text); }
-h1 { font-size: 1.35rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td:not(.number) { min-width: 7rem; max-width: 24rem; overflow-wrap: break-word; } td.number { white-space: nowrap; }
-td:last-child:not(.number) { min-width: 18rem; }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--back); }
-tbody tr:hover td { background: var(--soft); }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid; }
-th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-img { max-width: 100%; } code { overflow-wrap: anywhere; }
-.notes { font-size: .85rem; max-width: 60rem; } .remark { color: var(--mark); }
-@media (max-width: 40rem) { body { padding: .6rem; } td:first-child { max-width: 9rem; } img { max-width: 46rem; } }
-@media print {
-  :root { --back: #fff; --text: #000; --line: #999; } img { filter: none; max-width: 100%; }
-  body { font-size: 9px; max-width: none; padding: 0; } .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
-  td.number { white-space: normal; } td:not(.number), td:last-child:not(.number) { min-width: 0; }
-  td:first-child, th:first-child { position: static; } tr, img { break-inside: avoid; }
-}
-"""
-_SCRIPT = """
-for (const button of document.querySelectorAll("th button")) button.onclick = () => {
-  const title = button.parentNode, titles = [...title.parentNode.cells], index = titles.indexOf(title);
-  const rising = title.getAttribute("aria-sort") === "descending", body = title.closest("table").tBodies[0];
-  for (const each of titles) each.removeAttribute("aria-sort");
-  title.setAttribute("aria-sort", rising ? "ascending" : "descending");
-  const value = row => row.cells[index].dataset.value, isNumber = text => text !== "" && !isNaN(text);
-  const order = (a, b) => isNumber(a) && isNumber(b) ? a - b : a.localeCompare(b);
-  const rows = [...body.rows].sort((a, b) => order(value(a), value(b)) * (rising ? 1 : -1));
-  rows.sort((a, b) => (value(a) === "") - (value(b) === ""));  // what is absent stays at the end
-  body.append(...rows);
-};
-"""

@@ -76,7 +76,7 @@ def write_page(
     largest = max(row["train"] for row in rows)
     confusion = predictions.confusion[order][:, order]
     defaults = default_flags()
-    page = template().render(
+    page = template(TEMPLATE).render(
         run=name,
         result=result,
         record=record,
@@ -101,14 +101,14 @@ def write_page(
 
 
 @functools.cache
-def template() -> jinja2.Template:
+def template(path: Path) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
     environment.filters["figure"] = figure
     environment.filters["short"] = lambda name, length: name if len(name) <= length else f"{name[: length - 1]}…"
-    return environment.from_string(TEMPLATE.read_text())
+    return environment.from_string(path.read_text())
 
 
 def figure(value: float, key: str) -> str:
