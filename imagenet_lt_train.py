@@ -105,22 +105,28 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
-        if distributed.is_main():  # the others may look when it has begun
-            run.check_unchanged()
-        saved = read_state(run.path) if run.record else None
-        if saved:
-            state.load(saved)
-            run.check_same_start(record, state.epoch, state.step)
-            if run.holds_weights_of(state.epoch):
-                state.best = None  # is overwritten; the epoch that did it is repeated
-        if distributed.is_main():
-            run.begin(record, state.epoch, fresh=not saved)
+        goes_on = take_up(run, state, record)
         say(describe(args, folders, record))
-        say(f"{'goes on' if saved else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
+        say(f"{'goes on' if goes_on else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:
             fit(args, run, state, training, selection, amp_dtype, stop)
     say(f"done; test it with: {run.test_command()}")
     distributed.stop()
+
+
+def take_up(run: RunFolder, state: TrainingState, record: dict) -> bool:
+    """With the lock held: load what the run has saved, if it has, and make its folder ready; whether it goes on."""
+    if distributed.is_main():  # the others may look when it has begun
+        run.check_unchanged()
+    saved = read_state(run.path) if run.record else None
+    if saved:
+        state.load(saved)
+        run.check_same_start(record, state.epoch, state.step)
+        if run.holds_weights_of(state.epoch):
+            state.best = None  # is overwritten; the epoch that did it is repeated
+    if distributed.is_main():
+        run.begin(record, state.epoch, fresh=not saved)
+    return saved is not None
 
 
 def fit(
@@ -176,16 +182,24 @@ def fit(
         except NonFiniteLoss as error:
             raise run.nonfinite(error, state, training.paths) from None
         state.stop_clock()
-        distributed.share_buffers(model)
-        if state.averaged is not None:
-            distributed.share_buffers(state.judged)
-        row, class_means = selection.judge(state.judged)
-        row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, training.views) | row
-        for warning in unmoved_centers(row):
-            warn(warning)
-        run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))
+        end_epoch(args, run, state, training, selection)
         if not state.finished:
             stop.exit_if_received(f"epoch {state.epoch}, step 0", device)
+
+
+def end_epoch(
+    args: argparse.Namespace, run: RunFolder, state: TrainingState, training: TrainingLoader, selection: Selection
+) -> None:
+    """Judge on val/, log, save."""
+    epoch = state.epoch
+    distributed.share_buffers(state.model)
+    if state.averaged is not None:
+        distributed.share_buffers(state.judged)
+    row, class_means = selection.judge(state.judged)
+    row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, training.views) | row
+    for warning in unmoved_centers(row):
+        warn(warning)
+    run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))
 
 
 if __name__ == "__main__":
