@@ -86,7 +86,7 @@ others. Published figures are of ResNet-32 after 200 epochs (or as stated) at im
 the best one on the test set, which is what much public code reports, on the official images and other draws of the
 tail. Beside cifar_best they are the best of its size and epochs, reached by other recipes. CIFAR10-original (split
 9cd15121309a) has the official images; CIFAR10 (8403d703aeea) has the same ones re-encoded as JPEG (quality 75, colours
-at half the resolution), which costs about 5 points at 32 px: the first reason of its gaps. Another one is fewer epochs
+at half the resolution), which costs 4 to 6 points at 32 px: the first reason of its gaps. Another one is fewer epochs
 than the recipe's; below 60 the CIFAR recipes have no warm-up either. results.md says what is known of the rest."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
