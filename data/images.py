@@ -82,7 +82,7 @@ def faults(paths: list[Path], look: Callable[[int, Path], object], workers: int,
         return list(tqdm(results, text, len(paths), unit="image", disable=None, leave=False))
 
 
-def first_of(sentences: list[str], others: str) -> str:
-    """The first 20, and how many more there are; ``others`` says where those are found."""
+def first_twenty(sentences: list[str], others: str) -> str:
+    """As one sentence, with how many more there are; ``others`` says where those are found."""
     more = f"; and {len(sentences) - 20} more{others}" if len(sentences) > 20 else ""
     return "; ".join(sentences[:20]) + more

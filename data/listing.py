@@ -1,4 +1,4 @@
-"""What lies in a data folder, right or wrong, and what their names alone show."""
+"""What lies in a data folder, right or wrong, and what the names alone show."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import transforms
 from data.augment import Policy
-from data.images import MAX_PIXELS, faults, first_of, read_image
+from data.images import MAX_PIXELS, faults, first_twenty, read_image
 from engine.errors import Failed, Refused
 
 
@@ -166,7 +166,7 @@ def decode_all(paths: list[Path], store: Callable[[int, Path], None], workers: i
     """``store`` with each position and path; `Refused` with all broken files. Each goes where it will stay: a list of
     them would take as much memory again."""
     if broken := [fault for fault in faults(paths, store, workers, "decoding") if fault]:
-        raise Refused(first_of(broken, ", which scripts/audit_data.py lists"))
+        raise Refused(first_twenty(broken, ", which scripts/audit_data.py lists"))
 
 
 def decoded_bytes(paths: list[Path], sample: int = 64) -> float:

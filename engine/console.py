@@ -13,16 +13,16 @@ def number_of_classes(number: int) -> str:
     return f"{number} class{'' if number == 1 else 'es'}"
 
 
-def speaks() -> bool:
-    """Whether this process is the one that is heard; torchrun says so before anything is set up."""
+def _is_heard() -> bool:
+    """Whether this process speaks for all; torchrun says so before anything is set up."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    if speaks():
+    if _is_heard():
         print(printable(text), flush=True)
 
 
 def warn(text: str) -> None:
-    if speaks():
+    if _is_heard():
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

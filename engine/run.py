@@ -205,7 +205,9 @@ class RunFolder:
             for key, value in row.items():
                 if key != "epoch":
                     self.writer.add_scalar(key, value, row["epoch"])
-            self.writer.close() if finished else self.writer.flush()
+            self.writer.flush()
+            if finished:
+                self.writer.close()
             for name in ("last", "best") if is_best else ("last",):
                 save_weights(self.path / f"{name}.safetensors", state.judged, class_means, row["epoch"])
         state.save(self.path)

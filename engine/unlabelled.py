@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from data.build import workers_in_use
 from data.folders import Split, image_files
-from data.images import faults, first_of, read_image
+from data.images import faults, first_twenty, read_image
 from engine import distributed
 from engine.console import say
 from engine.errors import Failed, Refused
@@ -51,11 +51,9 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
         write_unlabelled(table, files, [None if fault else next(rows) for fault in wrong], predictor.record["classes"])
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
     if broken := [fault for fault in wrong if fault]:
-        raise (
-            Failed(first_of(broken, f" without a class in {table}"))
-            if distributed.is_main()
-            else SystemExit(Failed.exit_code)
-        )
+        if not distributed.is_main():  # the main process speaks for all
+            raise SystemExit(Failed.exit_code)
+        raise Failed(first_twenty(broken, f" without a class in {table}"))
     return {"n": len(readable), "table": str(table)}
 
 
