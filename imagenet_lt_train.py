@@ -34,7 +34,7 @@ from engine.record import check_start, describe, new_record
 from engine.run import RunFolder
 from engine.selection import Selection, build_selection
 from engine.state import TrainingState, read_state
-from engine.train import NonFiniteLoss, epoch_row, train_one_epoch
+from engine.train import PRECISE_BN_BATCHES, NonFiniteLoss, epoch_row, renew_statistics, train_one_epoch
 from engine.weights import pixels_of
 from losses import build_objective, check_class_weights, check_loss_flags
 from models import build_model, check_model_flags, load_backbone_weights
@@ -181,6 +181,9 @@ def fit(
             )
         except NonFiniteLoss as error:
             raise run.nonfinite(error, state, training.paths) from None
+        if args.precise_bn and not args.freeze_backbone:
+            some = slice(min(num_steps, PRECISE_BN_BATCHES))
+            renew_statistics(state.judged, training.unmixed(epoch, sampler_of(args, epoch), some), amp_dtype)
         state.stop_clock()
         end_epoch(args, run, state, training, selection)
         if not state.finished:

@@ -102,20 +102,24 @@ class TrainingLoader:
 
     def epoch(self, epoch: int, sampler: str = "uniform", first_batch: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` from ``first_batch`` on: this process's share of each."""
+        batches = self.unmixed(epoch, sampler, slice(first_batch, None))
+        return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
+
+    def unmixed(self, epoch: int, sampler: str, part: slice) -> Iterator[Batch]:
+        """A ``part`` of the batches of ``epoch``, before their images are mixed."""
         order = epoch_order(self.targets, sampler, self.seed, epoch, self.class_counts)
         draws = epoch_draws(self.views * len(order), self.seed, epoch)
         if self.augment:
             draws = torch.cat([draws, policy_draws(len(draws), self.seed, epoch)], dim=1)
         draws = draws.view(self.views, len(order), -1)
         rank, step = distributed.rank(), distributed.world_size()
-        own = [slice(start + rank, stop, step) for start, stop in self.bounds[first_batch:]]
+        own = [slice(start + rank, stop, step) for start, stop in self.bounds[part]]
         indices = [order[rows].repeat(self.views) for rows in own]
         draws = [draws[:, rows].flatten(0, 1) for rows in own]
         shown = self.cropped_batches(indices, draws)
         if self.policy is not None and self.small:
             shown = self.with_policy(shown)
-        batches = self.coloured_batches(shown, indices)
-        return batches if self.mixup is None and self.cutmix is None else self.with_mixing(batches, epoch, first_batch)
+        return self.coloured_batches(shown, indices)
 
     def cropped_batches(self, indices: list[Tensor], draws: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images of each batch, cropped and mirrored, with the draws for them, on the device."""

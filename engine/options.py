@@ -85,6 +85,7 @@ def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> 
         "lr_factor": (args.lr_schedule == "step", "--lr_schedule step"),
         "momentum": (args.optimizer == "sgd", "--optimizer sgd"),
         "backbone_lr": (not args.freeze_backbone, "a backbone that trains, without --freeze_backbone"),
+        "precise_bn": (not args.freeze_backbone, "a backbone that trains, without --freeze_backbone"),
     }
     idle = {}
     for flag, default in vars(defaults).items():

@@ -246,6 +246,8 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
         lines.append("           train accuracy: how much of a mixed image is of the predicted class")
     if args.ema_decay is not None:
         lines.append(f"           judged and saved: mean of the weights over the updates, decay {args.ema_decay:g}")
+    if args.precise_bn and not args.freeze_backbone:
+        lines.append("           judged and saved: batch statistics of real and unmixed images, computed anew")
     if str(build_objective(args, folders.class_counts, epoch=0)) != record["objective"]:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:

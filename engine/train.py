@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from data.loaders import Batch
@@ -14,7 +15,9 @@ from engine import distributed
 from engine.errors import Failed
 from engine.guard import NonFiniteGuard, Trouble
 from engine.state import TrainingState
-from models.classifier import Output
+from models.classifier import LongTailClassifier, Output
+
+PRECISE_BN_BATCHES = 50  # the running mean, of momentum 0.1, is one over 19 or so
 
 Sums = dict[str, Tensor]  # over the epoch so far, on the device
 
@@ -78,6 +81,19 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
     state.optimizer.zero_grad()
     if state.averaged is not None:
         state.averaged.update_parameters(state.model)
+
+
+def renew_statistics(model: LongTailClassifier, batches: Iterator[Batch], amp_dtype: torch.dtype | None) -> None:
+    """Compute batch normalisation's running statistics in the backbone anew: the mean over ``batches``, unmixed, and
+    without generated rows.
+
+    "Precise BN" of Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3. Those that training leaves are
+    of mixed images and generated rows, which no test meets.
+    """
+    backbone = nn.Sequential(model.backbone.lower, model.backbone.upper)
+    bar = tqdm(batches, "batch statistics", unit="batch", disable=None if distributed.is_main() else True, leave=False)
+    with torch.autocast(next(model.parameters()).device.type, amp_dtype, enabled=amp_dtype is not None):
+        update_bn(bar, backbone)
 
 
 def with_batch(

@@ -190,6 +190,14 @@ def test_mixed_batches_are_the_unmixed_ones_blended_with_the_targets_that_belong
             assert other.mixed_targets[row] == batch.targets[partner]
 
 
+def test_a_part_of_the_batches_can_be_had_unmixed(tmp_path):
+    split = write_split(tmp_path, 11, 16)
+    plain = list(training(split, 16, augment=("autoaugment",)).epoch(2))
+    loader = training(split, 16, augment=("autoaugment",), mixup=1.0)
+    assert equal(list(loader.unmixed(2, "uniform", slice(2))), plain[:2])
+    assert equal(list(loader.unmixed(2, "uniform", slice(1, None))), plain[1:])
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_comes_after_crop_and_flip_and_leaves_their_draws_alone(tmp_path, name):
     split = write_split(tmp_path, 11, 16)

@@ -155,6 +155,7 @@ def test_a_generator_that_never_starts_is_a_warning(capsys):
         ("--arc_margin 0.2", "--arc_margin changes nothing"),
         ("--am_scale 10 --add_add_margin_loss", None),
         ("--freeze_backbone --weights w --backbone_lr 0.1", "--backbone_lr changes nothing"),
+        ("--freeze_backbone --weights w --precise_bn", "--precise_bn changes nothing"),
         ("--freeze_backbone --weights w --add_rsg False", "SupCon trains nothing"),
         ("--freeze_backbone --weights w --add_rsg False --supcon_projection_dim 8", None),
         ("--warmup_epochs 50", "--lr is never reached"),

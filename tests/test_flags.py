@@ -260,6 +260,8 @@ ADDED = {
     "--nesterov": False,
     "--backbone_lr": None,
     "--ema_decay": None,
+    "--precise_bn": False,
+    "--weight_reduction": "weighted_mean",
     "--freeze_backbone": False,
 }
 TEST_SCRIPT = {

@@ -54,6 +54,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 STRONG = "--augment autoaugment cutout --ema_decay 0.5 --optimizer adamw --save_every_steps 1 --supcon_balance"
 MIXED = "--mixup 1 --cutmix 1 --add_supcon_loss 0 --add_rsg 0 --save_every_steps 1 --nesterov --backbone_lr 0.01"
+MIXED += " --precise_bn"
 
 
 @pytest.mark.parametrize(

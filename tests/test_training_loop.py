@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import imagenet_lt_test
 import imagenet_lt_train
+from data.build import build_pixels, build_training_loader
+from data.folders import read_image_folders
 from engine.optim import build_average
 from engine.precision import build_scaler
 from engine.run import RunFolder
@@ -125,6 +127,32 @@ def test_every_update_goes_into_the_average():
         values.append(model.weight.item())
     expected = 0.75 * (0.75 * values[0] + 0.25 * values[1]) + 0.25 * values[2]
     assert state.averaged.module.weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("words", ["--mixup 1", "--cutmix 1 --ema_decay 0.5", "--add_rsg True --epoch_thresh -1"])
+def test_precise_statistics_are_those_of_real_unmixed_images_and_nothing_else_changes(tmp_path, tiny_dataset, words):
+    run = train(tmp_path, "run", f"{words} --epochs 2 --precise_bn")
+    without = load_file(train(tmp_path, "without", f"{words} --epochs 2") / "last.safetensors")
+    for name, value in load_file(run / "last.safetensors").items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, without[name]) == (".running_" not in name), name
+
+    model, _, _ = load_run(run, "last")
+    args = imagenet_lt_train.parse_args(flags(tmp_path, "--epochs 2"))  # whose batches are not mixed
+    folders, device = read_image_folders(tiny_dataset), torch.device("cpu")
+    loader = build_training_loader(args, folders, build_pixels(args, folders), 0, device)
+    seen = {layer: [] for layer in model.backbone.modules() if isinstance(layer, nn.BatchNorm2d)}
+    for layer in seen:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen[layer].append(inputs[0]))
+    model.train()
+    saved = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in seen]
+    with torch.no_grad():
+        for batch in loader.epoch(1):
+            model(batch.images)
+    for maps, (mean, variance) in zip(seen.values(), saved, strict=True):
+        channels = [each.transpose(0, 1).flatten(1) for each in maps]
+        torch.testing.assert_close(mean, torch.stack([each.mean(dim=1) for each in channels]).mean(dim=0))
+        torch.testing.assert_close(variance, torch.stack([each.var(dim=1) for each in channels]).mean(dim=0))
 
 
 def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_loss():
