@@ -49,14 +49,15 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment",
         choices=AUGMENTATIONS,
-        nargs="+",
+        nargs="*",
         default=[],
         metavar="WORD",
         help=f"beside crop and flip: {', '.join(POLICIES)} (one of them), cutout",
     )
-    alpha = number_in(0, open_low=True)
-    group.add_argument("--mixup", type=alpha, metavar="A", help="blend images, share from Beta(A, A)")
-    group.add_argument("--cutmix", type=alpha, metavar="A", help="paste boxes of others, share from Beta(A, A)")
+    for name, what in (("mixup", "blend images"), ("cutmix", "paste boxes of others")):
+        group.add_argument(
+            f"--{name}", type=number_in(0), default=0.0, metavar="A", help=f"{what}, share from Beta(A, A); 0: off"
+        )
     group.add_argument("--sampler", choices=SAMPLERS, help="of training images; default: uniform, balanced with DRS")
     group.add_argument(
         "--drs_epoch",
@@ -90,7 +91,7 @@ def check_data_flags(args: argparse.Namespace) -> list[str]:
         raise Refused(
             f"--augment {' '.join(policies)}: each is a whole policy; give one of them, and cutout if you like"
         )
-    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name) is not None]
+    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
     needy = [f"--add_{name} False" for name, on in (("supcon_loss", args.add_supcon_loss), ("rsg", args.add_rsg)) if on]
     if mixes and needy:
         raise Refused(

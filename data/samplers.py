@@ -35,17 +35,15 @@ def policy_draws(num_draws: int, seed: int, epoch: int) -> Tensor:
     return torch.rand(num_draws, len(POLICY_DRAWS), generator=torch.Generator().manual_seed(_mixed(seed, epoch, 2)))
 
 
-def epoch_mixings(
-    num_batches: int, seed: int, epoch: int, mixup: float | None, cutmix: float | None, size: int
-) -> list[Mixing]:
+def epoch_mixings(num_batches: int, seed: int, epoch: int, mixup: float, cutmix: float, size: int) -> list[Mixing]:
     """How each batch of ``epoch`` is mixed: its share is drawn from Beta(A, A) with A = ``mixup`` or ``cutmix``, and
-    with both each batch is of either kind with probability 1/2."""
+    with both above 0 each batch is of either kind with probability 1/2."""
     draws = torch.rand(
         num_batches, 4, generator=torch.Generator().manual_seed(_mixed(seed, epoch, 3)), dtype=torch.float64
     )
     mixings = []
     for kind, quantile, *center in draws.tolist():
-        blends = cutmix is None or (mixup is not None and kind < 0.5)
+        blends = not cutmix or (mixup and kind < 0.5)
         share = float(betaincinv(mixup, mixup, quantile) if blends else betaincinv(cutmix, cutmix, quantile))
         mixings.append(Mixing(share) if blends else cutmix_box(share, size, center))
     return mixings

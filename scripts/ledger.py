@@ -178,7 +178,7 @@ def entry_of(run: Run) -> dict:
 
 def command_of(flags: dict, recipe: str, seed: int) -> tuple[str, dict]:
     """The command that trains like this, and the recipe's own flags. `Refused` when no command beside the recipe can
-    say it: a flag that the recipe gives cannot be taken back."""
+    say it: no word stands for a flag that is not given, and an older version may have known others."""
     file = f"@scripts/recipes/{recipe}.txt"
     told = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}"]))
     ours = {name: value for name, value in flags.items() if name not in MAY_CHANGE}

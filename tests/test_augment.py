@@ -123,7 +123,7 @@ def test_cutout_is_a_loop_over_pixels(size):
 
 def test_mixup_blends_each_image_with_the_next():
     images = torch.rand(4, 3, 5, 5)
-    (mixing,) = epoch_mixings(1, 0, 0, 1.0, None, 5)
+    (mixing,) = epoch_mixings(1, 0, 0, 1.0, 0.0, 5)
     for i, image in enumerate(mixed(images, mixing)):
         expected = mixing.share * images[i] + (1 - mixing.share) * images[(i + 1) % 4]
         torch.testing.assert_close(image, expected)
@@ -148,7 +148,7 @@ def test_cutmix_pastes_a_box_and_its_share_is_that_of_the_pixels_left(share, cen
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_shares_are_of_the_beta_distribution(alpha):
-    shares = [mixing.share for epoch in range(4) for mixing in epoch_mixings(500, 3, epoch, alpha, None, 32)]
+    shares = [mixing.share for epoch in range(4) for mixing in epoch_mixings(500, 3, epoch, alpha, 0.0, 32)]
     assert kstest(shares, beta(alpha, alpha).cdf).pvalue > 0.01
 
 
@@ -178,7 +178,7 @@ def test_augmented_batches_have_the_same_bits_with_workers_and_can_be_entered_an
 def test_mixed_batches_are_the_unmixed_ones_blended_with_the_targets_that_belong_to_them(tmp_path, views):
     split = write_split(tmp_path, 11, 16)
     plain = training(split, 16, views=views).epoch(3)
-    mixings = epoch_mixings(3, 0, 3, 1.0, None, 16)
+    mixings = epoch_mixings(3, 0, 3, 1.0, 0.0, 16)
     for batch, other, mixing in zip(plain, training(split, 16, views=views, mixup=1.0).epoch(3), mixings, strict=True):
         assert torch.equal(batch.targets, other.targets)
         assert other.share == mixing.share
@@ -217,7 +217,7 @@ def test_a_policy_comes_after_crop_and_flip_and_leaves_their_draws_alone(tmp_pat
         ("--cutmix 1 --add_rsg False", "add --add_supcon_loss False"),
         ("--augment autoaugment randaugment", "give one of them"),
         ("--augment cut", "--augment"),
-        ("--mixup 0", "--mixup"),
+        ("--mixup -1", "--mixup"),
     ],
 )
 def test_augmentations_that_cannot_go_together_are_refused_in_one_line(words, reason, capsys):

@@ -187,10 +187,10 @@ def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, 
     ("recipe", "flag", "value", "words"),
     [
         ("cifar_ldam_drw", "drw_epoch", None, "--drw_epoch None is not what"),
-        ("cifar_best", "augment", [], "takes no --augment"),
+        ("cifar_best", "augment", ["retired"], "takes no --augment retired"),
     ],
 )
-def test_a_flag_that_no_command_takes_back_is_refused(recipe, flag, value, words):
+def test_a_flag_that_no_command_can_say_is_refused(recipe, flag, value, words):
     told = vars(imagenet_lt_train.parse_args([f"@{ROOT}/scripts/recipes/{recipe}.txt"]))
     with pytest.raises(Refused, match=words):
         ledger.command_of(told | {flag: value}, recipe, 0)

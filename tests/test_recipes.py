@@ -42,6 +42,14 @@ def test_every_recipe_parses_without_a_warning_and_minimises_what_it_says(name, 
     assert str(build_objective(args, COUNTS)) == OBJECTIVES[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "off"),
+    [("cifar_mixup_drw", "--mixup 0", {"mixup": 0}), ("cifar_best", "--augment --lr 1", {"augment": [], "lr": 1})],
+)
+def test_what_a_recipe_switches_on_can_be_switched_off(name, words, off):
+    assert vars(parse(name, *words.split())) == vars(parse(name)) | off
+
+
 def test_the_original_recipe_is_the_defaults_at_224_px():
     changed = {"img_size": 224}
     assert vars(parse("original")) == vars(imagenet_lt_train.parse_args([])) | changed
