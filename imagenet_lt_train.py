@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     model = build_model(args, folders.class_counts, with_generator=args.add_rsg)
     if args.weights and not saved:
-        for mismatch in load_backbone_weights(model.backbone, args.weights):
+        for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights)):
             say(f"{args.weights}: {mismatch}")
         for warning in check_start(args, pixels):
             warn(warning)

@@ -22,22 +22,23 @@ from losses.objective import HeadTerm, Objective
 from losses.supcon import SupConLoss
 from models.heads import margin_heads_on
 
+
+def _mean_options(args: argparse.Namespace) -> dict:
+    """Of `CrossEntropyLoss` and what is built on it."""
+    return {"label_smoothing": args.label_smoothing, "weight_reduction": args.weight_reduction}
+
+
 CLASSIFICATION_LOSSES = {  # name: (printed name, built from flags, class counts and class weights)
-    "cross_entropy": (
-        "CE",
-        lambda args, class_counts, weight: CrossEntropyLoss(weight, args.label_smoothing, args.weight_reduction),
-    ),
+    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight, **_mean_options(args))),
     "ldam": (
         "LDAM",
-        lambda args, class_counts, weight: LDAMLoss(
-            class_counts, args.ldam_max_margin, weight, args.label_smoothing, args.weight_reduction
-        ),
+        lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight, **_mean_options(args)),
     ),
     "focal": ("focal", lambda args, class_counts, weight: FocalLoss(args.focal_gamma, weight)),
     "logit_adjusted": (
         "logit-adjusted CE",
         lambda args, class_counts, weight: LogitAdjustedLoss(
-            class_counts, args.logit_adjust_tau, weight, args.label_smoothing, args.weight_reduction
+            class_counts, args.logit_adjust_tau, weight, **_mean_options(args)
         ),
     ),
 }
