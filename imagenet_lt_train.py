@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     if args.weights and not saved:
         for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights)):
             say(f"{args.weights}: {mismatch}")
-        for warning in check_start(args, pixels):
+        for warning in distributed.together(lambda: check_start(args, pixels)):
             warn(warning)
     model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
     if channels_last:
@@ -181,9 +181,6 @@ def fit(
             )
         except NonFiniteLoss as error:
             raise run.nonfinite(error, state, training.paths) from None
-        if args.precise_bn and not args.freeze_backbone:
-            some = slice(min(num_steps, PRECISE_BN_BATCHES))
-            renew_statistics(state.judged, training.unmixed(epoch, sampler_of(args, epoch), some), amp_dtype)
         state.stop_clock()
         end_epoch(args, run, state, training, selection)
         if not state.finished:
@@ -195,6 +192,10 @@ def end_epoch(
 ) -> None:
     """Judge on val/, log, save."""
     epoch = state.epoch
+    if args.precise_bn and not args.freeze_backbone:
+        number = min(steps_in_epoch(args, epoch, len(training)), PRECISE_BN_BATCHES)
+        batches = training.unmixed(epoch, sampler_of(args, epoch), slice(number))
+        renew_statistics(state.judged, batches, number, selection.amp_dtype)
     distributed.share_buffers(state.model)
     if state.averaged is not None:
         distributed.share_buffers(state.judged)

@@ -56,7 +56,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in (("mixup", "blend images"), ("cutmix", "paste boxes of others")):
         group.add_argument(
-            f"--{name}", type=number_in(0), default=0.0, metavar="A", help=f"{what}, share from Beta(A, A); 0: off"
+            f"--{name}", type=number_in(0), metavar="A", help=f"{what}, share from Beta(A, A); None, 0: off"
         )
     group.add_argument("--sampler", choices=SAMPLERS, help="of training images; default: uniform, balanced with DRS")
     group.add_argument(

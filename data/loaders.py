@@ -55,9 +55,9 @@ class TrainingLoader:
 
     Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
     made by worker processes, and the device jitters their colours. With two views every image comes twice.
-    ``augment`` names `AUGMENTATIONS`: one policy, cutout, or both. ``mixup`` and ``cutmix`` are the A of Beta(A, A), 0
-    is off; each process mixes its own rows, after all else. ``synthetic`` images come after those of ``split`` and
-    count ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
+    ``augment`` names `AUGMENTATIONS`: one policy, cutout, or both. ``mixup`` and ``cutmix`` are the A of Beta(A, A);
+    each process mixes its own rows, after all else. ``synthetic`` images come after those of ``split`` and count
+    ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class TrainingLoader:
         workers: int = 0,
         cache_limit: float = CACHE_LIMIT,
         augment: tuple[str, ...] = (),
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
+        mixup: float | None = None,
+        cutmix: float | None = None,
         synthetic: Split | None = None,
         synthetic_weight: float = 1.0,
         class_counts: list[int] | None = None,

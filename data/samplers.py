@@ -35,9 +35,11 @@ def policy_draws(num_draws: int, seed: int, epoch: int) -> Tensor:
     return torch.rand(num_draws, len(POLICY_DRAWS), generator=torch.Generator().manual_seed(_mixed(seed, epoch, 2)))
 
 
-def epoch_mixings(num_batches: int, seed: int, epoch: int, mixup: float, cutmix: float, size: int) -> list[Mixing]:
+def epoch_mixings(
+    num_batches: int, seed: int, epoch: int, mixup: float | None, cutmix: float | None, size: int
+) -> list[Mixing]:
     """How each batch of ``epoch`` is mixed: its share is drawn from Beta(A, A) with A = ``mixup`` or ``cutmix``, and
-    with both above 0 each batch is of either kind with probability 1/2."""
+    with both each batch is of either kind with probability 1/2."""
     draws = torch.rand(
         num_batches, 4, generator=torch.Generator().manual_seed(_mixed(seed, epoch, 3)), dtype=torch.float64
     )

@@ -50,7 +50,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         "--ema_decay", type=below_1, metavar="D", help="judge and save the exponential mean of the weights, decay D"
     )
     add_switch(
-        group, "--precise_bn", False, "judge and save with batch statistics computed anew, of real and unmixed images"
+        group, "--precise_bn", False, "judge and save with batch statistics of unmixed images, without generated rows"
     )
     group.add_argument("--clip_grad_norm", type=positive, metavar="N", help="largest gradient norm, generator left out")
     group.add_argument(

@@ -247,7 +247,7 @@ def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> s
     if args.ema_decay is not None:
         lines.append(f"           judged and saved: mean of the weights over the updates, decay {args.ema_decay:g}")
     if args.precise_bn and not args.freeze_backbone:
-        lines.append("           judged and saved: batch statistics of real and unmixed images, computed anew")
+        lines.append("           judged and saved: batch statistics of unmixed images, without generated rows")
     if str(build_objective(args, folders.class_counts, epoch=0)) != record["objective"]:
         lines.append(f"           class weights from epoch {resolved_epoch(args, 'drw_epoch')} on")
     if args.add_rsg:

@@ -15,7 +15,7 @@ from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Failed, Refused
 from engine.flags import command_line
-from engine.record import circumstances, default_flags, plain_flags, read_log, read_record, same_code, sessions
+from engine.record import circumstances, plain_flags, read_log, read_record, same_code, sessions
 from engine.report import REPORT_FILES
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss
@@ -114,12 +114,14 @@ class RunFolder:
 
     def _check_flags(self, args: argparse.Namespace) -> None:
         for flag, value in plain_flags(args).items():
-            recorded = self.record["flags"].get(flag, default_flags()[flag])  # a flag may be younger than the run
+            recorded = self.record["flags"].get(flag)
             other_unit = flag in IN_EPOCHS and isinstance(value, float) != isinstance(recorded, float)
             if flag not in MAY_CHANGE and (value != recorded or (value and other_unit)):
                 was, remedy = f"with --{flag} {as_given(recorded)}", f"give {as_given(recorded)}"
                 if recorded in (None, []):
                     was, remedy = f"without --{flag}", "leave it out"
+                    if recorded == []:  # a file of flags may give it
+                        remedy = "give no word behind it, or leave it out"
                 raise Refused(
                     f"{self.path} was started {was}, now it is {as_given(value)}; {remedy} to go on, or another "
                     f"--run_name"

@@ -17,7 +17,7 @@ from engine.guard import NonFiniteGuard, Trouble
 from engine.state import TrainingState
 from models.classifier import LongTailClassifier, Output
 
-PRECISE_BN_BATCHES = 50  # the running mean, of momentum 0.1, is one over 19 or so
+PRECISE_BN_BATCHES = 50  # training's running mean, of momentum 0.1, is one over about 19
 
 Sums = dict[str, Tensor]  # over the epoch so far, on the device
 
@@ -83,17 +83,23 @@ def update(state: TrainingState, clip: Callable[[], None]) -> None:
         state.averaged.update_parameters(state.model)
 
 
-def renew_statistics(model: LongTailClassifier, batches: Iterator[Batch], amp_dtype: torch.dtype | None) -> None:
-    """Compute batch normalisation's running statistics in the backbone anew: the mean over ``batches``, unmixed, and
-    without generated rows.
+def renew_statistics(
+    model: LongTailClassifier, batches: Iterator[Batch], num_batches: int, amp_dtype: torch.dtype | None
+) -> None:
+    """Compute batch normalisation's running statistics in the backbone anew: the means of those of ``batches`` of all
+    processes, unmixed and without generated rows.
 
-    "Precise BN" of Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3. Those that training leaves are
-    of mixed images and generated rows, which no test meets.
+    "Precise BN" of Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3, but that the variance is within
+    batches, as in training. What training leaves is of mixed images and generated rows, which no test meets.
     """
-    backbone = nn.Sequential(model.backbone.lower, model.backbone.upper)
-    bar = tqdm(batches, "batch statistics", unit="batch", disable=None if distributed.is_main() else True, leave=False)
+    backbone = nn.Sequential(*model.backbone.lower, *model.backbone.upper)  # the layers: the parts may be compiled
+    disable = None if distributed.is_main() else True
+    bar = tqdm(batches, "batch statistics", num_batches, unit="batch", disable=disable, leave=False)
     with torch.autocast(next(model.parameters()).device.type, amp_dtype, enabled=amp_dtype is not None):
         update_bn(bar, backbone)
+    for buffer in backbone.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(distributed.summed(buffer) / distributed.world_size())
 
 
 def with_batch(

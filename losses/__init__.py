@@ -14,7 +14,7 @@ from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
 from losses.balanced_supcon import BalancedSupConLoss
 from losses.class_weights import class_balanced_weights, inverse_frequency_weights
-from losses.cross_entropy import WEIGHT_REDUCTIONS, CrossEntropyLoss
+from losses.cross_entropy import CrossEntropyLoss
 from losses.focal import FocalLoss
 from losses.ldam import LDAMLoss
 from losses.logit_adjusted import LogitAdjustedLoss
@@ -22,23 +22,17 @@ from losses.objective import HeadTerm, Objective
 from losses.supcon import SupConLoss
 from models.heads import margin_heads_on
 
-
-def _mean_options(args: argparse.Namespace) -> dict:
-    """Of `CrossEntropyLoss` and what is built on it."""
-    return {"label_smoothing": args.label_smoothing, "weight_reduction": args.weight_reduction}
-
-
 CLASSIFICATION_LOSSES = {  # name: (printed name, built from flags, class counts and class weights)
-    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight, **_mean_options(args))),
+    "cross_entropy": ("CE", lambda args, class_counts, weight: CrossEntropyLoss(weight, args.label_smoothing)),
     "ldam": (
         "LDAM",
-        lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight, **_mean_options(args)),
+        lambda args, class_counts, weight: LDAMLoss(class_counts, args.ldam_max_margin, weight, args.label_smoothing),
     ),
     "focal": ("focal", lambda args, class_counts, weight: FocalLoss(args.focal_gamma, weight)),
     "logit_adjusted": (
         "logit-adjusted CE",
         lambda args, class_counts, weight: LogitAdjustedLoss(
-            class_counts, args.logit_adjust_tau, weight, **_mean_options(args)
+            class_counts, args.logit_adjust_tau, weight, args.label_smoothing
         ),
     ),
 }
@@ -62,12 +56,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
             f"--{name}_weight_type", choices=CLASS_WEIGHTS, default="icf" if is_ldam else "none", help="class weights"
         )
     group.add_argument("--cbl_beta", type=below_1, default=0.999, metavar="B", help="cbl weights: 0 makes them all 1")
-    group.add_argument(
-        "--weight_reduction",
-        choices=WEIGHT_REDUCTIONS,
-        default=WEIGHT_REDUCTIONS[0],
-        help="divide a loss with class weights by those of its rows, or by their number, as focal always does",
-    )
     group.add_argument("--ldam_max_margin", type=factor, default=0.3, metavar="M", help="LDAM: rarest class, a cosine")
     group.add_argument("--focal_gamma", type=factor, default=2.0, metavar="G", help="focal: 0 is cross-entropy")
     group.add_argument(
@@ -144,8 +132,6 @@ def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
         warnings.append(
             f"class weights never begin: --drw_epoch {args.drw_epoch}, but the last epoch is {args.epochs - 1}"
         )
-    if args.weight_reduction != WEIGHT_REDUCTIONS[0] and not set(weighted) - {"focal"}:
-        warnings.append("--weight_reduction changes nothing: no loss that is on, other than focal, has class weights")
     if args.label_smoothing and not (set(on) - {"focal"} or (not on and margin_heads_on(args))):
         warnings.append(
             "--label_smoothing changes nothing: only cross-entropy, LDAM and the logit-adjusted loss know it"
@@ -229,8 +215,5 @@ def _head_term(
     weights_title, build_weights = CLASS_WEIGHTS[weight_type]
     weight: Tensor | None = build_weights(args, class_counts)
     on = ("normed" if args.norm_out else "linear") if head == "main" else head
-    weighting = f"; {weights_title} weights" if weights_title else ""
-    if weighting and name != "focal" and args.weight_reduction != WEIGHT_REDUCTIONS[0]:
-        weighting += ", batch mean"
-    text = f"{title}({on}{weighting})"
+    text = f"{title}({on}{f'; {weights_title} weights' if weights_title else ''})"
     return HeadTerm(f"{name}_{head}", text, factor, head, build_loss(args, class_counts, weight))

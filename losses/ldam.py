@@ -12,8 +12,8 @@ class LDAMLoss(nn.Module):
 
     Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", 2019, eq. 13: the margin of
     class j is ``max_margin * (n_min / n_j) ** (1/4)``. ``scale`` (a number or [B, 1]) is what the head has multiplied
-    its cosines by; the margin is multiplied by it too. The mean is weighted by ``weight`` [C]; ``options`` are
-    those of `CrossEntropyLoss`. A row of ``row_weights`` r [B] counts as r rows.
+    its cosines by; the margin is multiplied by it too. The mean is weighted by ``weight`` [C]. A row of
+    ``row_weights`` r [B] counts as r rows.
     """
 
     def __init__(
@@ -21,12 +21,12 @@ class LDAMLoss(nn.Module):
         class_counts: Sequence[int] | Tensor,
         max_margin: float = 0.3,
         weight: Tensor | None = None,
-        **options,
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
         self.register_buffer("margins", (max_margin * (counts.min() / counts) ** 0.25).float(), persistent=False)
-        self.cross_entropy = CrossEntropyLoss(weight, **options)
+        self.cross_entropy = CrossEntropyLoss(weight, label_smoothing)
 
     @in_float32
     def forward(

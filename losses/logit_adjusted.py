@@ -12,8 +12,8 @@ class LogitAdjustedLoss(nn.Module):
 
     Menon et al., "Long-Tail Learning via Logit Adjustment", 2021, eq. 10; with ``tau`` 1 it is the balanced softmax of
     Ren et al., 2020, with 0 cross-entropy. The prior is each class's share of the training images; predictions are
-    made with the logits as they are. The mean is weighted by ``weight`` [C]; ``options`` are those of
-    `CrossEntropyLoss`. A row of ``row_weights`` r [B] counts as r rows.
+    made with the logits as they are. The mean is weighted by ``weight`` [C]. A row of ``row_weights`` r [B] counts as r
+    rows.
     """
 
     def __init__(
@@ -21,12 +21,12 @@ class LogitAdjustedLoss(nn.Module):
         class_counts: Sequence[int] | Tensor,
         tau: float = 1.0,
         weight: Tensor | None = None,
-        **options,
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
         self.register_buffer("adjustments", (tau * (counts / counts.sum()).log()).float(), persistent=False)
-        self.cross_entropy = CrossEntropyLoss(weight, **options)
+        self.cross_entropy = CrossEntropyLoss(weight, label_smoothing)
 
     @in_float32
     def forward(self, logits: Tensor, targets: Tensor, row_weights: Tensor | None = None) -> Tensor:

@@ -254,14 +254,13 @@ ADDED = {
     "--label_smoothing": 0,
     "--supcon_balance": False,
     "--augment": [],
-    "--mixup": 0,
-    "--cutmix": 0,
+    "--mixup": None,
+    "--cutmix": None,
     "--optimizer": "sgd",
     "--nesterov": False,
     "--backbone_lr": None,
     "--ema_decay": None,
     "--precise_bn": False,
-    "--weight_reduction": "weighted_mean",
     "--freeze_backbone": False,
 }
 TEST_SCRIPT = {

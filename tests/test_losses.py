@@ -163,25 +163,6 @@ def test_weighted_cross_entropy_divides_by_the_weights_of_the_batch():
     close(F.cross_entropy(logits, targets, weight, reduction="none").mean(), 2.454168)  # what it is not
 
 
-def test_the_batch_mean_divides_by_the_rows_whatever_their_weights():
-    logits, targets, weight = double((2, 1, -1), (0.5, 0.2, 0.3)), torch.tensor([0, 2]), double(1, 2, 4)
-    close(CrossEntropyLoss(weight, weight_reduction="batch_mean")(logits, targets), 2.454168)
-    close(CrossEntropyLoss(None, weight_reduction="batch_mean")(logits, targets), 0.744422)
-    rows = double(1, 0.5)  # the second one counts half: (1 * 0.349012 + 0.5 * 4 * 1.139831) / 1.5
-    close(CrossEntropyLoss(weight, weight_reduction="batch_mean")(logits, targets, rows), 1.752449)
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION_LOSSES)
-def test_the_batch_mean_goes_through_every_loss(name):
-    """A weight of 7 for every class is 7 times the loss; divided by the weights it is no other loss."""
-    args, (logits, targets) = default_flags(), (10 * torch.randn(9, 3).double(), torch.randint(3, (9,)))
-    plain, weighted = (CLASSIFICATION_LOSSES[name][1](args, COUNTS, weight) for weight in (None, double(7, 7, 7)))
-    factor = 7 if name == "focal" else 1
-    close(weighted(logits, targets), factor * plain(logits, targets))
-    args.weight_reduction = "batch_mean"
-    close(CLASSIFICATION_LOSSES[name][1](args, COUNTS, double(7, 7, 7))(logits, targets), 7 * plain(logits, targets))
-
-
 def test_weighted_cross_entropy_is_sklearns_weighted_log_loss():
     logits, targets, weight = 3 * torch.randn(40, 5).double(), torch.randint(5, (40,)), torch.rand(5).double()
     theirs = log_loss(targets, logits.softmax(1), sample_weight=weight[targets], labels=range(5))

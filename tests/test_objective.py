@@ -331,12 +331,6 @@ def test_class_balanced_weights_of_beta_0_are_none_in_words_too():
     assert str(build_objective(flags(words), [5, 2])) == "0.1 LDAM(normed)"
 
 
-def test_the_formula_says_what_weighted_losses_are_divided_by():
-    words = "--weight_reduction batch_mean --add_supcon_loss 0 --add_rsg 0 --add_focal_loss --focal_weight_type icf"
-    objective = build_objective(flags(f"{words} --add_cross_entropy_loss"), [5, 2])
-    assert str(objective) == "1 CE(normed) + 0.1 LDAM(normed; ICF weights, batch mean) + 1 focal(normed; ICF weights)"
-
-
 @pytest.mark.parametrize(
     ("words", "warning"),
     [
@@ -348,12 +342,6 @@ def test_the_formula_says_what_weighted_losses_are_divided_by():
         ("--norm_out False --add_ldam_loss 0 --add_focal_loss", None),
         ("--add_ldam_loss 0 --add_focal_loss --label_smoothing .1", "--label_smoothing changes nothing"),
         ("--add_ldam_loss 0 --add_arc_margin_loss --label_smoothing .1", None),
-        ("--weight_reduction batch_mean", None),
-        ("--weight_reduction batch_mean --ldam_weight_type none", "--weight_reduction changes nothing"),
-        (
-            "--weight_reduction batch_mean --add_ldam_loss 0 --add_focal_loss --focal_weight_type icf",
-            "--weight_reduction changes nothing",
-        ),
     ],
 )
 def test_doubtful_flags_warn(words, warning):

@@ -129,8 +129,10 @@ def test_every_update_goes_into_the_average():
     assert state.averaged.module.weight.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("words", ["--mixup 1", "--cutmix 1 --ema_decay 0.5", "--add_rsg True --epoch_thresh -1"])
-def test_precise_statistics_are_those_of_real_unmixed_images_and_nothing_else_changes(tmp_path, tiny_dataset, words):
+@pytest.mark.parametrize(
+    "words", ["--mixup 1", "--cutmix 1 --ema_decay 0.5", "--add_rsg True --epoch_thresh -1 --sampler balanced"]
+)
+def test_precise_statistics_are_those_of_unmixed_images_and_nothing_else_changes(tmp_path, tiny_dataset, words):
     run = train(tmp_path, "run", f"{words} --epochs 2 --precise_bn")
     without = load_file(train(tmp_path, "without", f"{words} --epochs 2") / "last.safetensors")
     for name, value in load_file(run / "last.safetensors").items():
@@ -139,6 +141,7 @@ def test_precise_statistics_are_those_of_real_unmixed_images_and_nothing_else_ch
 
     model, _, _ = load_run(run, "last")
     args = imagenet_lt_train.parse_args(flags(tmp_path, "--epochs 2"))  # whose batches are not mixed
+    sampler = "balanced" if "balanced" in words else "uniform"
     folders, device = read_image_folders(tiny_dataset), torch.device("cpu")
     loader = build_training_loader(args, folders, build_pixels(args, folders), 0, device)
     seen = {layer: [] for layer in model.backbone.modules() if isinstance(layer, nn.BatchNorm2d)}
@@ -147,12 +150,33 @@ def test_precise_statistics_are_those_of_real_unmixed_images_and_nothing_else_ch
     model.train()
     saved = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in seen]
     with torch.no_grad():
-        for batch in loader.epoch(1):
+        for batch in loader.epoch(1, sampler):
             model(batch.images)
     for maps, (mean, variance) in zip(seen.values(), saved, strict=True):
         channels = [each.transpose(0, 1).flatten(1) for each in maps]
         torch.testing.assert_close(mean, torch.stack([each.mean(dim=1) for each in channels]).mean(dim=0))
         torch.testing.assert_close(variance, torch.stack([each.var(dim=1) for each in channels]).mean(dim=0))
+
+
+def test_precise_statistics_take_no_more_batches_than_they_need(tmp_path, tiny_dataset):
+    """Of two batches an epoch: one where there is one step, one where one is the limit."""
+    words = "--mixup 1 --precise_bn --lr 1e-30"
+    runs = [train(tmp_path, "smoke", f"{words} --epochs 1 --max_steps 1")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagenet_lt_train, "PRECISE_BN_BATCHES", 1)
+        runs.append(train(tmp_path, "one", f"{words} --epochs 1"))
+    runs.append(train(tmp_path, "both", f"{words} --epochs 1"))
+    means = [load_file(run / "last.safetensors")["backbone.lower.1.running_mean"] for run in runs]
+    torch.testing.assert_close(means[0], means[1])
+    assert not torch.allclose(means[0], means[2])
+
+
+def test_a_frozen_backbone_keeps_its_statistics(tmp_path, tiny_dataset):
+    parent = train(tmp_path, "parent", "--epochs 1 --mixup 1")
+    start = f"--epochs 1 --weights {parent / 'last.safetensors'} --freeze_backbone"
+    child, before = train(tmp_path, "child", f"{start} --precise_bn"), load_file(parent / "last.safetensors")
+    for name, value in load_file(child / "last.safetensors").items():
+        assert torch.equal(value, before[name]) == name.startswith("backbone."), name
 
 
 def test_gradients_are_clipped_at_their_own_size_and_not_at_that_of_the_scaled_loss():
