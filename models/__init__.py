@@ -26,6 +26,12 @@ ARCHITECTURES = {
 }
 
 
+NECKS = {  # name: layers [B, D] -> [B, D] at the end of the backbone
+    "bn": lambda width: nn.Sequential(nn.BatchNorm1d(width)),
+    "fc": lambda width: nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, width), nn.BatchNorm1d(width)),
+}
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-a", "--arch", choices=ARCHITECTURES, default="resnext50_32x4d", help="backbone")
@@ -34,6 +40,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("imagenet", "small"),
         default="imagenet",
         help="first layers: 7x7 stride 2 and pooling, or 3x3 stride 1; resnet32 has its own",
+    )
+    group.add_argument(
+        "--neck",
+        choices=NECKS,
+        help="behind the pooled features, which are all positive: batch normalisation; or that, a linear layer, and "
+        "that again, as in ArcFace's paper",
     )
     add_switch(group, "--pretrained", False, "start from torchvision's weights, which it downloads")
     group.add_argument(
@@ -66,6 +78,8 @@ def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_gene
     the other initial weights do not depend on it."""
     backbone = ARCHITECTURES[args.arch](args)
     width = backbone.num_features
+    if args.neck:
+        backbone.upper.add_module("neck", NECKS[args.neck](width))
     heads = build_heads(args, width, len(class_counts))
     projection = prototypes = None
     if args.add_supcon_loss and args.supcon_projection_dim:

@@ -9,7 +9,7 @@ from rsg import RareSampleGenerator
 class Output(NamedTuple):
     """What a forward pass gives; rows 0..B-1 are the images', in order, the others were generated."""
 
-    features: Tensor  # [B', D], pooled
+    features: Tensor  # [B', D], pooled, behind the neck if there is one
     logits: dict[str, Tensor]  # head name -> [B', C], ready for cross-entropy
     scales: dict[str, float | Tensor]  # head name -> what it has multiplied its cosines by
     targets: Tensor | None  # [B']

@@ -28,7 +28,7 @@ def run(tmp_path_factory):
                 pixels = random.integers(0, 80, (30, 24, 3)) + 170 * np.eye(3, dtype=int)[index]
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{image}.png")
     words = f"--data_dir {folder}/data --root_model {folder} --root_log {folder}/log --run_name run --arch resnet32"
-    words += f" {LOSSES} --img_size 16 --epochs 1 --batch_size 6 --seed 0"
+    words += f" {LOSSES} --neck fc --img_size 16 --epochs 1 --batch_size 6 --seed 0"
     imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
     for head in ("main", "mean", "ncm"):
         imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(folder / "run"), "--predict_with", head]))

@@ -231,6 +231,7 @@ ADDED = {
     "--clip_grad_norm": None,
     "--accumulate_steps": 1,
     "--stem": "imagenet",
+    "--neck": None,
     "--img_size": None,
     "--normalize": "imagenet",
     "--hflip": None,

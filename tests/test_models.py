@@ -117,6 +117,26 @@ def test_weights_that_cannot_be_had_are_refused(words):
         check_model_flags(flags(words))
 
 
+@pytest.mark.parametrize("kind", ["bn", "fc"])
+def test_a_neck_normalises_the_features_that_heads_and_losses_see(kind):
+    model = build_model(flags(f"--arch resnet32 --neck {kind}"), COUNTS, with_generator=False)
+    plain = build_model(flags("--arch resnet32"), COUNTS, with_generator=False)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".neck." not in name})
+    images = torch.randn(8, 3, 16, 16)
+
+    def normalised(rows):
+        return (rows - rows.mean(dim=0)) / (rows.var(dim=0, unbiased=False) + 1e-5).sqrt()
+
+    expected = normalised(plain(images).features)
+    if kind == "fc":
+        linear = model.backbone.upper.neck[1]
+        expected = normalised(expected @ linear.weight.T + linear.bias)
+    output = model(images)
+    torch.testing.assert_close(output.features, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output.logits["main"], model.heads["main"](output.features))
+    assert output.features.min() < 0 <= plain(images).features.min()
+
+
 # The whole model
 
 

@@ -42,7 +42,7 @@ def record_of(run: Path) -> dict:
 
 
 def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset):
-    parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset")
+    parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset --neck fc")
     retrain(tmp_path, "--epochs", "1")
     record = record_of(tmp_path / "parent_crt")
     assert record["parent"] == str(parent)
