@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     result["tested_hash"] = tested_hash(folders, args.split)
     result |= synthetic_use(record) | {"shot_thresholds": args.shot_thresholds}
     is_own = result["split_hash"] == record["split_hash"]
-    if args.split == "val" and is_own and (predictor.weights == "best" or "tau" in record):
+    if args.split == "val" and is_own and (predictor.weights == "best" or record.get("val_balanced_accuracy_by_tau")):
         result["chosen_on_these_images"] = True
     if predictor.weights == "last":
         result["last"] = summary

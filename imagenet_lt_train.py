@@ -9,6 +9,7 @@ import math
 import secrets
 
 import torch
+from torch import nn
 
 from data.build import build_pixels, build_training_loader, check_data, check_data_flags, read_data, sampler_of
 from data.loaders import TrainingLoader
@@ -95,7 +96,10 @@ def main(args: argparse.Namespace) -> None:
             say(f"{args.weights}: {mismatch}")
         for warning in distributed.together(lambda: check_start(args, pixels)):
             warn(warning)
-    model = distributed.with_synchronized_statistics(model, args.sync_bn, device)
+    del saved  # is read again with the lock held; until then the model needs the memory
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(args, model, pixels.size)

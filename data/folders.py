@@ -244,10 +244,8 @@ def _changes(root: Path) -> str:
 def synthetic_hash(folders: ImageFolders) -> str:
     """SHA-256 that names exactly these synthetic images: `split_hash` of a split ``synthetic``."""
     paths, targets = folders.synthetic
-    return hash_of_lines(
-        f"synthetic/{folders.classes[target]}/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        for path, target in zip(paths, targets, strict=True)
-    )
+    names = [f"synthetic/{folders.classes[target]}/{path.name}" for path, target in zip(paths, targets, strict=True)]
+    return _hash_of_images(dict(zip(names, paths, strict=True)))
 
 
 def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:

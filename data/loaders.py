@@ -56,8 +56,8 @@ class TrainingLoader:
     Up to 64 px images are cropped with padding in one operation on the device; larger ones are random resized crops
     made by worker processes, and the device jitters their colours. With two views every image comes twice.
     ``augment`` names `AUGMENTATIONS`: one policy, cutout, or both. ``mixup`` and ``cutmix`` are the A of Beta(A, A);
-    each process mixes its own rows, after all else. ``synthetic`` images come after those of ``split`` and count
-    ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
+    each process mixes its own rows, of a single view, after all else. ``synthetic`` images come after those of
+    ``split`` and count ``synthetic_weight`` in the losses; the samplers then draw a class by its ``class_counts``.
     """
 
     def __init__(
@@ -175,14 +175,12 @@ class TrainingLoader:
     def with_mixing(self, batches: Iterator[Batch], epoch: int, first_batch: int) -> Iterator[Batch]:
         mixings = epoch_mixings(len(self), self.seed, epoch, self.mixup, self.cutmix, self.pixels.size)
         for batch, mixing in zip(batches, mixings[first_batch:], strict=True):
-            views = batch.images.unflatten(0, (self.views, -1))
-            images = torch.cat([transforms.mixed(view, mixing) for view in views])
             others = {
-                f"mixed_{name}": rows.view(self.views, -1).roll(-1, dims=1).flatten()
+                f"mixed_{name}": rows.roll(-1)
                 for name in ("targets", "weights", "real")
                 if (rows := getattr(batch, name)) is not None
             }
-            yield batch._replace(images=images, share=mixing.share, **others)
+            yield batch._replace(images=transforms.mixed(batch.images, mixing), share=mixing.share, **others)
 
 
 class EvaluationLoader:

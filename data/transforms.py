@@ -126,7 +126,7 @@ class Mixing(NamedTuple):
 
 
 def mixed(images: Tensor, mixing: Mixing) -> Tensor:
-    """mixup (Zhang et al., 2018) or, with a box, CutMix (Yun et al., 2019) of a view of a batch."""
+    """mixup (Zhang et al., 2018) or, with a box, CutMix (Yun et al., 2019) of a batch."""
     others = images.roll(-1, dims=0)
     if mixing.box is None:
         return torch.lerp(others, images, mixing.share)

@@ -71,11 +71,6 @@ def from_main(value: Any) -> Any:
     return value
 
 
-def with_synchronized_statistics(model: nn.Module, synchronize: bool, device: torch.device) -> nn.Module:
-    """The model on its device; ``synchronize`` makes batch normalisation see the rows of all processes."""
-    return (nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronize else model).to(device)
-
-
 def together(build: Callable[[], Any]) -> Any:
     """``build()``; `Refused` on all processes when it is on one, because each may look at other files."""
     result, error = None, None

@@ -48,8 +48,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--start_epoch", "--start-epoch", type=number_in(0, kind=int), default=0, help="of a fresh run")
     add_switch(group, "--resume", False, "go on with the run in the folder, or start if there is none")
     add_switch(group, "--overwrite", False, "replace the run in the folder, its tests, predictions and exports too")
-    group.add_argument("--save_every_steps", type=number_in(1, kind=int), metavar="N", help="default: once an epoch")
-    group.add_argument("--max_steps", type=number_in(1, kind=int), metavar="N", help="end after N steps: a smoke run")
+    group.add_argument(
+        "--save_every_steps",
+        type=number_in(1, kind=int),
+        metavar="N",
+        help="updates between two saves; default: once an epoch",
+    )
+    group.add_argument("--max_steps", type=number_in(1, kind=int), metavar="N", help="end after N updates: a smoke run")
     add_switch(group, "--sync_bn", False, "batch normalisation over all processes; GPUs only")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     group.add_argument("--amp", choices=AMP, default="auto", help="precision of the backbone; auto: bf16 where native")

@@ -25,7 +25,7 @@ class Answers(NamedTuple):
     """Rows in the order of the split; float64."""
 
     logits: np.ndarray  # [N, C], margin-free
-    features: np.ndarray  # [N, D]
+    features: np.ndarray | None  # [N, D], for --plot_features
 
 
 class Predictor:
@@ -61,7 +61,8 @@ class Predictor:
 
     def __call__(self, loader: EvaluationLoader, text: str) -> Answers:
         """Logits of the loader's images, under ``--test_prior`` if there is one. ``text`` names the bar."""
-        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), text)
+        with_features = self.head == "ncm" or self.args.plot_features
+        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), text, with_features)
         logits = chosen_logits(predictions, self.head, self.class_means, self.record["flags"]["norm_scale"])
         if self.test_prior is not None:
             logits = reweighted(logits, self.model_prior, self.test_prior)

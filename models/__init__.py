@@ -44,8 +44,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--neck",
         choices=NECKS,
-        help="behind the pooled features, which are all positive: batch normalisation; or that, a linear layer, and "
-        "that again, as in ArcFace's paper",
+        help="layers behind the pooled features, seen by heads, SupCon and class means: batch normalisation; or it, a "
+        "linear layer and it again, ArcFace's without dropout",
     )
     add_switch(group, "--pretrained", False, "start from torchvision's weights, which it downloads")
     group.add_argument(
@@ -63,6 +63,8 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
         )
     if args.pretrained and args.weights:
         raise Refused("--pretrained and --weights both say where to start from; give one")
+    if args.neck and args.freeze_backbone and not args.weights:
+        raise Refused(f"--freeze_backbone keeps --neck {args.neck} as it begins; leave one of them out")
     warnings = []
     if args.stem != "imagenet" and args.arch not in torchvision.models.list_models():
         warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")

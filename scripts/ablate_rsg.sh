@@ -16,7 +16,7 @@ exec python scripts/sweep.py ablate_rsg '
     strength_2        --add_rsg True --rsg_strength 2
     # from when on; the default is the last fifth of the epochs
     from_the_start    --add_rsg True --epoch_thresh -1
-    from_half         --add_rsg True --epoch_thresh {0.5-1}
+    from_half         --add_rsg True --epoch_thresh 0.5
     # generated rows in SupCon: keys only, or left out; the default is anchors and keys
     supcon_keys       --add_rsg True --supcon_generated keys
     supcon_none       --add_rsg True --supcon_generated none

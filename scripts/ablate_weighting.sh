@@ -19,6 +19,6 @@ exec python scripts/sweep.py ablate_weighting '
     # inverse class frequency
     icf        --add_rsg False --ldam_weight_type icf
     # deferred to the last fifth of the epochs, with the weights of Cao et al., 2019, and with ICF
-    drw_cb     --add_rsg False --ldam_weight_type cbl --cbl_beta 0.9999 --drw_epoch {0.8}
-    drw_icf    --add_rsg False --ldam_weight_type icf --drw_epoch {0.8}
+    drw_cb     --add_rsg False --ldam_weight_type cbl --cbl_beta 0.9999 --drw_epoch 0.8
+    drw_icf    --add_rsg False --ldam_weight_type icf --drw_epoch 0.8
 ' "$@"

@@ -30,7 +30,7 @@ from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
 from engine.flags import Parser, add_switch, given_path
-from engine.record import sessions
+from engine.record import read_record, sessions
 from engine.run import find_run
 
 FILES = ("comparison.html", "comparison.csv", "pairs.csv", "comparison.md", "comparison.png")
@@ -56,7 +56,7 @@ def main(args) -> None:
     missing = [(folder, what) for folder in folders if (what := what_is_missing(folder))]
     if missing:
         names = ", ".join(f"{folder} is {what}" for folder, what in missing)
-        raise Refused(f"{names}; imagenet_lt_train.py --resume finishes a run, imagenet_lt_test.py tests it")
+        raise Refused(f"{names}; imagenet_lt_train.py --resume finishes a training, imagenet_lt_test.py tests it")
     output = args.output or Path(os.path.commonpath([folder.absolute().parent for folder in folders])) / "comparison"
     refuse_foreign_files(output)
     runs = [read_run(folder) for folder in folders]
@@ -67,10 +67,16 @@ def main(args) -> None:
 
 
 def run_folders(name: str, root: Path) -> list[Path]:
-    """The run of that name, or the runs in the folder of that name."""
+    """The run of that name, or the runs in the folder of that name, but for rescaled ones, which none trained."""
     for folder in (Path(name), root / name):
         if not (folder / "args.json").is_file() and (inside := sorted(folder.glob("*/args.json"))):
-            return [path.parent for path in inside]
+            runs = [path.parent for path in inside]
+            rescaled = [run for run in runs if "tau" in read_record(run)]
+            if len(rescaled) < len(runs):
+                for run in rescaled:
+                    warn(f"{run} is left out: it is {what_is_missing(run)}")
+                runs = [run for run in runs if run not in rescaled]
+            return runs
     return [find_run(name, root)]
 
 

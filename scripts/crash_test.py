@@ -56,18 +56,19 @@ def run_to_the_end(data_dir: Path, folder: Path) -> Path:
     return folder / "run"
 
 
-def kill_at_random(data_dir: Path, folder: Path, args, whole_run: float) -> None:
-    """As many kills as asked for, each after a random share of what a whole run takes, start-up included. A run that
-    has finished before its kill is begun again, and does not count."""
+def kill_at_random(folder: Path, args, whole: Path, seconds: float) -> None:
+    """As many kills as asked for, each after a random share of the ``seconds`` that the ``whole`` run took, start-up
+    included. A run that has finished before its kill is compared and begun again, and does not count."""
     moments, kills = random.Random(args.seed), 0
     while kills < args.kills:
-        process = start(data_dir, folder)
-        time.sleep(moments.uniform(0.2, 0.5) * whole_run)
+        process = start(args.data_dir, folder)
+        time.sleep(moments.uniform(0.2, 0.5) * seconds)
         process.send_signal(signal.Signals[f"SIG{args.signal}"])
         errors = process.communicate()[1]
         if process.returncode == 0:
+            check_same(whole, folder / "run")
             shutil.rmtree(folder)
-        elif process.returncode == 1:
+        elif process.returncode in (1, 2):
             raise Failed(f"a resumed run failed: {errors.strip()}")
         else:
             kills += 1
@@ -106,6 +107,11 @@ def differences(run: Path, other: Path) -> list[str]:
     return found + ([] if logs[0] == logs[1] else ["log.jsonl"])
 
 
+def check_same(whole: Path, killed: Path) -> None:
+    if found := differences(whole, killed):
+        raise Failed(f"kills changed {', '.join(found)}")
+
+
 @one_line_errors
 def main(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -113,10 +119,8 @@ def main(args) -> None:
         whole = run_to_the_end(args.data_dir, Path(folder) / "whole")
         seconds = time.perf_counter() - begun
         print(f"left alone: {seconds:.0f} s", flush=True)
-        kill_at_random(args.data_dir, Path(folder) / "killed", args, seconds)
-        found = differences(whole, run_to_the_end(args.data_dir, Path(folder) / "killed"))
-        if found:
-            raise Failed(f"{args.kills} kills changed {', '.join(found)}")
+        kill_at_random(Path(folder) / "killed", args, whole, seconds)
+        check_same(whole, run_to_the_end(args.data_dir, Path(folder) / "killed"))
         print(f"{args.kills} x SIG{args.signal}: weights, state and log are the same in every bit")
 
 

@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Write a run's model as ONNX, checked by onnxruntime on the images of --split.")
     add_question_flags(parser)
     add_loading_flags(parser)
-    parser.set_defaults(amp="off", test_prior=None)  # for the predictor
+    parser.set_defaults(amp="off", test_prior=None, plot_features=False)  # for the predictor
     return parser.parse_args(argv)
 
 

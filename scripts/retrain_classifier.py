@@ -34,7 +34,7 @@ CRT = "--add_cross_entropy_loss --add_ldam_loss False --add_supcon_loss False --
 CRT += "--freeze_backbone --epochs 10 --lr 0.1 --lr_schedule cosine"
 OF_THE_PARENT = (
     *("data_dir", "list_dir", "synthetic_weight", "synthetic_dir", "count_synthetic"),
-    *("arch", "stem", "neck", "norm_out", "norm_scale", "normalize", "hflip", "batch_size"),
+    *("arch", "stem", "neck", "norm_out", "norm_scale", "normalize", "hflip", "batch_size", "head_tail_ratio"),
 )
 FOR_TAU = {
     "run_name",

@@ -45,10 +45,9 @@ TensorBoard in log/ likewise, what a run prints in <run>.txt, the comparison in 
 it, the same command skips what is done and goes on with the rest. A run that fails is named, the others go on, and the
 exit code is 1. Ctrl-C lets the runs save and stops.
 
-Settings, with what they give imagenet_lt_train.py; {{0.8}} is that share of the epochs, {{0.8-1}} the epoch before:
+Settings, with what they give imagenet_lt_train.py:
 {settings}"""
 OURS = {"data_dir", "seed", "run_name", "resume", "overwrite"}  # flags of the train script that the sweep gives
-SHARE = re.compile(r"\{(0?\.\d+)(-1)?\}")  # of the epochs, in a setting
 LONGEST_NAME = 150
 
 
@@ -130,8 +129,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     extra = parsed("the flags after --", [*recipes[:1], "--data_dir", str(args.data_dir), *args.extra])
     given = given_flags(args.extra)
     for name, flags in {"the sweep": [], **args.settings}.items():
-        own = with_epochs(beside_recipe(flags)[1], extra.epochs)
-        taken = sorted(given & (OURS if name == "the sweep" else given_flags(own)))
+        taken = sorted(given & (OURS if name == "the sweep" else given_flags(beside_recipe(flags)[1])))
         if taken:
             raise Refused(f"--{taken[0]} is not for the flags after --: {name} sets it")
     folders = read_image_folders(args.data_dir, extra.list_dir)
@@ -152,8 +150,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     runs, names = [], {}
     for setting, flags in args.settings.items():
         recipe, flags = beside_recipe(flags)
-        told = parsed(f"setting {setting}", [*recipe, *fixed])
-        own = [*recipe, *fixed, *with_epochs(flags, told.epochs)]
+        own = [*recipe, *fixed, *flags]
         other = names.setdefault(str(parsed(f"setting {setting}", own)), setting)
         if other != setting:
             raise Refused(f"settings {other} and {setting} are the same with these flags; give others")
@@ -187,11 +184,6 @@ def given_flags(flags: list[str]) -> set[str]:
     parser, missing = train_parser(), object()
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), missing))
     return {flag for flag, value in vars(parser.parse_args(flags, unset)).items() if value is not missing}
-
-
-def with_epochs(flags: list[str], epochs: int) -> list[str]:
-    """``flags`` with shares of the epochs as numbers of epochs, rounded down."""
-    return [SHARE.sub(lambda match: str(int(float(match[1]) * epochs + 1e-9) - bool(match[2])), flag) for flag in flags]
 
 
 def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set[str], defaults: dict) -> str:

@@ -111,6 +111,12 @@ def test_no_parameter_of_torchvision_is_lost_by_the_cut():
     assert millions(torchvision_resnet("resnet18")) == pytest.approx(millions(theirs) - millions(theirs.fc))
 
 
+def test_a_neck_that_would_stay_as_it_begins_is_refused():
+    with pytest.raises(Refused, match="--neck"):
+        check_model_flags(flags("--arch resnet18 --pretrained --freeze_backbone --neck fc"))
+    check_model_flags(flags("--freeze_backbone --neck fc --weights run/last.safetensors"))
+
+
 @pytest.mark.parametrize("words", ["--arch resnet32 --pretrained", "--arch resnet18 --pretrained --weights some.pt"])
 def test_weights_that_cannot_be_had_are_refused(words):
     with pytest.raises(Refused, match="--pretrained"):

@@ -195,10 +195,11 @@ def test_steps_with_nesterov_and_adamw_are_torchs(words, theirs):
 
 def test_the_backbone_may_have_a_lower_rate_that_follows_the_schedule():
     args = flags("--lr 0.2 --backbone_lr 0.01 --lr_schedule exponential")
-    model, optimizer = model_and_optimizer("--lr 0.2 --backbone_lr 0.01")
+    model, optimizer = model_and_optimizer("--lr 0.2 --backbone_lr 0.01 --neck bn")
     set_learning_rate(optimizer, learning_rate(args, 1))
     assert group_of(optimizer, model.backbone.lower[0].weight)["lr"] == pytest.approx(0.009)
-    assert group_of(optimizer, model.heads["main"].weight)["lr"] == pytest.approx(0.18)
+    for new in (model.heads["main"].weight, model.backbone.upper.neck[0].weight):
+        assert group_of(optimizer, new)["lr"] == pytest.approx(0.18)
     assert rates_in_force(args, 1) == pytest.approx({"lr": 0.18, "backbone_lr": 0.009})
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 

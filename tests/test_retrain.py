@@ -15,7 +15,7 @@ import imagenet_lt_test
 import imagenet_lt_train
 from engine.compare import what_is_missing
 from engine.weights import load_run, read_weights
-from scripts import retrain_classifier
+from scripts import compare_runs, retrain_classifier
 
 BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
 PRIOR, GO_ON = ("--test_prior", "uniform"), ("--run_name", "parent_tau", "--resume")
@@ -58,9 +58,9 @@ def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp
 
 
 def test_what_a_second_stage_takes_from_its_parent_is_the_parents(tmp_path, tiny_dataset):
-    trained(tmp_path, tiny_dataset, "--hflip False --batch_size 4 --norm_scale 20 --normalize dataset")
+    trained(tmp_path, tiny_dataset, "--hflip False --batch_size 4 --norm_scale 20 --head_tail_ratio 0.4")
     args = retrain_classifier.parse_args(["--model_dir", "parent", *places(tmp_path)]).training
-    assert (args.hflip, args.batch_size, args.norm_scale, args.normalize) == (False, 4, 20, "dataset")
+    assert (args.hflip, args.batch_size, args.norm_scale, args.head_tail_ratio) == (False, 4, 20, 0.4)
 
 
 def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsys):
@@ -121,6 +121,9 @@ def test_a_rescaled_run_says_how_it_was_made_and_is_not_taken_for_a_training(tmp
     assert command.replace("PARENT", str(tmp_path / "parent")) in page
     assert f"the last of {tmp_path / 'parent'}, rescaled" in page
     assert what_is_missing(run) == "a rescaled classifier, without a training to compare"
+    imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "parent")]))
+    compare_runs.main(compare_runs.parse_args([str(tmp_path)]))
+    assert "parent_tau is left out: it is a rescaled classifier" in capsys.readouterr().err
     flags = ["--data_dir", str(tiny_dataset), *places(tmp_path), *BASE.split(), *LINEAR.split()]
     for call, words in (
         (lambda: imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), *PRIOR])), "no prior"),

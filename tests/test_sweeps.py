@@ -89,13 +89,17 @@ def test_help_says_how_to_call_it_and_what_it_runs(tmp_path, capsys):
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert "bash scripts/ablate_weighting.sh data/digits --seeds 0 1 2 -- --arch resnet32" in text
-    assert "drw_icf    --add_rsg False --ldam_weight_type icf --drw_epoch {0.8}" in text
+    assert "drw_icf    --add_rsg False --ldam_weight_type icf --drw_epoch 0.8" in text
     assert "None\n" not in text.split("positional")[0]
 
 
-def test_settings_that_are_the_same_in_so_few_epochs_are_refused_at_once(tmp_path, tiny_dataset, capsys):
-    line = refused(capsys, plan, tmp_path, "ablate_rsg", tiny_dataset, "--", "--epochs", "1")
-    assert line.startswith("settings from_the_start and from_half are the same with these flags")
+def test_settings_that_are_the_same_with_these_flags_are_refused_at_once(tmp_path, tiny_dataset, capsys):
+    (tmp_path / "recipe.txt").write_text("--lr 0.5\n")
+    settings = f"one @{tmp_path}/recipe.txt\ntwo --add_rsg True"
+    words = ["name", settings, str(tiny_dataset), "--"]
+    assert len(sweep.planned(sweep.parse_args(words))[1]) == 6
+    line = refused(capsys, lambda: sweep.planned(sweep.parse_args([*words, "--lr", "0.1"])))
+    assert line.startswith("settings one and two are the same with these flags")
 
 
 def args_of(runs: list[sweep.Run]) -> dict:
@@ -145,24 +149,25 @@ def test_each_step_of_the_synergy_changes_one_thing(tmp_path, tiny_dataset):
 
 def test_shares_of_the_epochs_follow_the_flag(tmp_path, tiny_dataset):
     weighting = args_of(plan(tmp_path, "ablate_weighting", tiny_dataset, "--seeds", "0", "--", "--epochs", "200")[1])
-    assert weighting["drw_icf"].drw_epoch == 160
-    rsg = args_of(plan(tmp_path, "ablate_rsg", tiny_dataset, "--seeds", "0", "--", "--epochs", "7")[1])
-    first = {name: [epoch for epoch in range(7) if generates(each, epoch)][:1] for name, each in rsg.items()}
-    assert (first["from_the_start"], first["from_half"], first["on"]) == ([0], [3], [5])
+    for epoch, begun in ((159, False), (160, True)):
+        assert ("ICF" in str(build_objective(weighting["drw_icf"], [8, 5, 3], epoch))) is begun
+    rsg = args_of(plan(tmp_path, "ablate_rsg", tiny_dataset, "--seeds", "0", "--", "--epochs", "8")[1])
+    first = {name: [epoch for epoch in range(8) if generates(each, epoch)][:1] for name, each in rsg.items()}
+    assert (first["from_the_start"], first["from_half"], first["on"]) == ([0], [4], [6])
 
 
 # --- the names
 
 
-def test_the_flags_of_the_runs_override_a_recipe_whose_epochs_are_shared_out(tmp_path, tiny_dataset):
+def test_the_flags_of_the_runs_override_a_recipe(tmp_path, tiny_dataset):
     (tmp_path / "recipe.txt").write_text("--data_dir elsewhere\n--arch resnet32\n--epochs 10\n--lr 0.5\n")
-    setting = f"one @{tmp_path}/recipe.txt --add_rsg False --drw_epoch {{0.5}}"
+    setting = f"one @{tmp_path}/recipe.txt --add_rsg False"
     words = ["name", setting, str(tiny_dataset), "--seeds", "0", "--", "--lr", "0.25"]
     folder, (run,) = sweep.planned(sweep.parse_args(words))
     assert folder.name == "name_tiny_lr-0.25"
     assert sweep.planned(sweep.parse_args([*words[:-1], "1e-3"]))[0].name == "name_tiny_lr-0.001"  # no default here
     told = imagenet_lt_train.parse_args(run.commands[0][2:])
-    assert (told.data_dir, told.arch, told.epochs, told.lr, told.drw_epoch) == (tiny_dataset, "resnet32", 10, 0.25, 5)
+    assert (told.data_dir, told.arch, told.epochs, told.lr, told.add_rsg) == (tiny_dataset, "resnet32", 10, 0.25, False)
 
 
 def test_other_flags_lie_in_another_folder_and_idle_ones_do_not(tmp_path, tiny_dataset):
