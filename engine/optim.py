@@ -164,10 +164,8 @@ def build_optimizer(args: argparse.Namespace, model: LongTailClassifier, img_siz
         if name == "generator.centers":
             centers.append(parameter)
         else:
-            begun = (
-                name.startswith("backbone.") and ".neck." not in name
-            )  # elsewhere: no pretrained weights have a neck
-            (backbone if args.backbone_lr and begun else others).append(parameter)
+            pretrained = name.startswith("backbone.") and ".neck." not in name
+            (backbone if args.backbone_lr and pretrained else others).append(parameter)
     groups = [{"params": others, "lr_limit": math.inf, "lr_factor": 1.0}]
     if backbone:
         groups.append({"params": backbone, "lr_limit": math.inf, "lr_factor": args.backbone_lr / args.lr})
