@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def switch(word: str) -> bool:
-    """``True`` or ``False`` from true, false, 1 or 0; ``type=bool`` would read "False" as True."""
+    """``True`` or ``False`` from one of `SWITCH_WORDS`, in any case; ``type=bool`` would read "False" as True."""
     if word.lower() not in SWITCH_WORDS:
         raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
     return SWITCH_WORDS[word.lower()]

@@ -118,10 +118,10 @@ class RunFolder:
             other_unit = flag in IN_EPOCHS and isinstance(value, float) != isinstance(recorded, float)
             if flag not in MAY_CHANGE and (value != recorded or (value and other_unit)):
                 was, remedy = f"with --{flag} {as_given(recorded)}", f"give {as_given(recorded)}"
-                if recorded in (None, []):
+                if recorded is None:
                     was, remedy = f"without --{flag}", "leave it out"
-                    if recorded == []:  # a file of flags may give it
-                        remedy = "give no word behind it, or leave it out"
+                elif recorded == []:  # where a file of flags gives it, it cannot be left out
+                    was, remedy = f"without --{flag}", "give no word behind it, or leave it out"
                 raise Refused(
                     f"{self.path} was started {was}, now it is {as_given(value)}; {remedy} to go on, or another "
                     f"--run_name"
