@@ -47,15 +47,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = train_parser(__doc__)
     args = parser.parse_args(argv)
     check_run_flags(args)
-    sampler = sampler_of(args, args.epochs - 1)
-    warnings = check_idle_flags(args, parser.parse_args([]))
-    warnings += [
+    for warning in (
+        *check_idle_flags(args, parser.parse_args([])),
         *check_optimizer_flags(args),
         *check_data_flags(args),
         *check_model_flags(args),
         *check_rsg_flags(args),
-    ]
-    for warning in [*warnings, *check_loss_flags(args, sampler)]:
+        *check_loss_flags(args, sampler_of(args, args.epochs - 1)),
+    ):
         warn(warning)
     return args
 
@@ -90,9 +89,10 @@ def main(args: argparse.Namespace) -> None:
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
     torch.manual_seed(seed)
-    model = build_model(args, folders.class_counts, with_generator=args.add_rsg)
+    model = distributed.together(lambda: build_model(args, folders.class_counts, with_generator=args.add_rsg))
     if args.weights and not saved:
-        for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights)):
+        whole = args.freeze_backbone
+        for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
             say(f"{args.weights}: {mismatch}")
         for warning in distributed.together(lambda: check_start(args, pixels)):
             warn(warning)

@@ -73,7 +73,7 @@ def record_findings(root: Path, names: list[str], inspected: list[Inspected]) ->
     record = read_json(root / "split.json", default={})
     if not record:
         return []
-    listed = set(record.get("files", []))
+    listed = set(record.get("files") or [])
     changed = [f"{name}: added" for name in names if name not in listed]
     changed += [f"{name}: missing" for name in sorted(listed - set(names))]
     if changed:

@@ -40,7 +40,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--img_size",
-        type=number_in(8, kind=int),
+        type=number_in(8, 2**16 - 1, kind=int),
         metavar="S",
         help="px; default: the images' own, if all are squares of one size up to 96, else 224",
     )

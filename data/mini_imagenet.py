@@ -100,7 +100,11 @@ def read_caches(paths: list[Path]) -> Classes:
         cache = load_arrays(path)
         cache = {text(key): value for key, value in cache.items()} if isinstance(cache, dict) else {}
         pixels, rows_by_class = cache.get("image_data"), cache.get("class_dict")
-        if not isinstance(rows_by_class, dict) or not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        if (
+            not (isinstance(rows_by_class, dict) and isinstance(pixels, np.ndarray))
+            or pixels.dtype != np.uint8
+            or pixels.shape[1:] != (84, 84, 3)
+        ):
             raise Refused(f"{path} does not hold image_data and class_dict; get the original file")
         try:
             for label, rows in rows_by_class.items():

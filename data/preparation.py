@@ -185,7 +185,7 @@ def refuse_to_lose(folder: Path) -> None:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     there = {name for name in there if not name.startswith(".")}  # what file managers leave
     if "split.json" in there:
-        written = set(read_json(folder / "split.json").get("files", []))
+        written = set(read_json(folder / "split.json").get("files") or [])
         inside = [path for split in SPLITS for path in (folder / split).rglob("*") if not path.is_dir()]
         there = (there - WRITTEN) | {name for path in inside if (name := str(path.relative_to(folder))) not in written}
     if lost := sorted(name for name in there if not any(part.startswith(".") for part in Path(name).parts)):

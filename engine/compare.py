@@ -126,9 +126,10 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
                 raise Refused(f"{one.folder} and {two.folder} have the same flags and seed; leave one of them out")
     settings = [_setting(group[0]) for group in members]
     defaults = default_flags()
-    differing = [flag for flag in settings[0] if any(each[flag] != settings[0][flag] for each in settings)]
+    known = dict.fromkeys(flag for each in settings for flag in each)  # older runs have flags that are gone
+    differing = [flag for flag in known if any(each.get(flag) != settings[0].get(flag) for each in settings)]
     flags = [
-        ", ".join(f"{flag} {each[flag]}" for flag in differing if each[flag] != defaults.get(flag))
+        ", ".join(f"{flag} {each[flag]}" for flag in differing if flag in each and each[flag] != defaults.get(flag))
         or ("the defaults" if differing else "-")
         for each in settings
     ]

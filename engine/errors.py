@@ -32,7 +32,7 @@ def one_line_errors(main: Callable) -> Callable:
             print("stopped", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
         except Refused as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if is_first_of_machine():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
         except (Failed, OSError, RuntimeError, MemoryError) as error:
@@ -40,6 +40,11 @@ def one_line_errors(main: Callable) -> Callable:
             raise SystemExit(Failed.exit_code) from None
 
     return wrapped
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the first process that torchrun started on this machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_out_of_memory(error: Exception) -> bool:

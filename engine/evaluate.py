@@ -49,6 +49,8 @@ def predict(
 
     heads = {head: gathered([each[head] for each in logits]) for head in logits[0]}
     if not all(np.isfinite(rows).all() for rows in heads.values()):
+        if not distributed.is_main():  # the main process speaks for all
+            raise SystemExit(Failed.exit_code)
         raise Failed(f"the model's outputs are not finite ({text}): training has diverged; try a lower --lr")
     return Predictions(gathered(features) if with_features else None, heads, gathered(targets))
 

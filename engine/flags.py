@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.errors import is_first_of_machine
+
 SWITCH_WORDS = {"true": True, "1": True, "false": False, "0": False}
 LONGEST_NAME = 200  # bytes of a folder's: files beside it add to it, and 255 is what file systems take
 
@@ -46,7 +48,8 @@ class Parser(argparse.ArgumentParser):
             self.error("a file of flags names itself")
 
     def error(self, message: str):
-        print(f"error: {message} (see --help)", file=sys.stderr)
+        if is_first_of_machine():
+            print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -82,7 +85,8 @@ def epoch_or_share(low: int) -> Callable:
     """A converter for an epoch of at least ``low`` ("160"), or, with a point, for a share of all epochs ("0.8")."""
 
     def convert(word: str) -> int | float:
-        return number_in(0, 1)(word) if "." in word else number_in(low, kind=int)(word)
+        is_share = "." in word or "e" in word  # 0.00001 is 1e-05 in a run's record
+        return number_in(0, 1)(word) if is_share else number_in(low, kind=int)(word)
 
     convert.__name__ = "epoch or share"
     return convert
@@ -95,16 +99,18 @@ def resolved_epoch(args: argparse.Namespace, flag: str) -> int | None:
 
 
 def number_in(
-    low: float, high: float = float("inf"), kind: type = float, open_low: bool = False, open_high: bool = False
+    low: float, high: float | None = None, kind: type = float, open_low: bool = False, open_high: bool = False
 ) -> Callable:
-    """A converter for finite numbers of ``kind`` in [low, high]; ``open_low`` and ``open_high`` leave out the ends."""
+    """A converter for finite numbers of ``kind`` in [low, high]; ``open_low`` and ``open_high`` leave out the ends.
+    Without ``high`` whole numbers end at a billion."""
+    high = high if high is not None else math.inf if kind is float else 10**9
 
     def convert(word: str) -> float:
         value = kind(word)
         below = value < high if open_high else value <= high
-        if not (low < value if open_low else low <= value) or not below or math.isinf(value):
+        if not (low < value if open_low else low <= value) or not below or value == math.inf:
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
-            if high < float("inf"):
+            if high < math.inf:
                 bounds += f", {'below' if open_high else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{word} is out of range: {bounds}")
         return value

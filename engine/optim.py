@@ -19,9 +19,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
     positive, fraction = number_in(0, open_low=True), number_in(0, 1)
     below_1 = number_in(0, 1, open_high=True)
-    group.add_argument(
-        "--epochs", type=number_in(1, 10**9, kind=int), default=20, help="passes over the training images"
-    )
+    group.add_argument("--epochs", type=number_in(1, kind=int), default=20, help="passes over the training images")
     group.add_argument(
         "-b", "--batch_size", "--batch-size", type=number_in(2, kind=int), default=32, help="images, over all processes"
     )

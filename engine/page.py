@@ -260,8 +260,8 @@ def training_command(record: dict, defaults: dict, name: str) -> str:
     """What makes the run ``name`` again from the start, with the seed that was drawn."""
     if "tau" in record:
         own = {flag: record[flag] for flag in ("parent_weights", "tau")} | {"run_name": record["flags"]["run_name"]}
-        words = {"model_dir": record["parent"], "method": "tau"} | own
-        return command_line("scripts/retrain_classifier.py", words, {})
+        words = {"model_dir": record["parent"], "root_model": record["flags"]["root_model"], "method": "tau"} | own
+        return command_line("scripts/retrain_classifier.py", words, {"root_model": "checkpoint"})
     flags = record["flags"] | {"seed": record["seed"], "resume": False, "overwrite": False}
     if record["flags"]["seed"] is None:
         flags["run_name"] = name  # the seed would become part of it

@@ -45,14 +45,12 @@ class Predictor:
             raise Refused(
                 f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
             )
-        if args.test_prior is not None and "tau" in self.record:
-            raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
-        self.test_prior = None
-        if args.test_prior is not None:
-            self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
-        self.model_prior = None
-        if self.test_prior is not None:
+        self.test_prior = self.model_prior = None
+        if args.test_prior is not None:
+            if "tau" in self.record:
+                raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
+            self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
             self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
         self.model = trained_model(run, self.record, tensors).to(device)
         self.class_means = None
@@ -84,6 +82,8 @@ class Predictor:
         """What tells the files of this test from those of the default one."""
         suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"
         suffix += "" if self.head == default_head(self.record["flags"]) else f"_{self.head}"
+        dtype = autocast_dtype(self.args.amp, self.device)
+        suffix += "" if dtype is None else f"_{str(dtype).removeprefix('torch.')}"
         if self.test_prior is None:
             return suffix
         path = Path(self.args.test_prior)

@@ -90,7 +90,7 @@ def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.nda
     if missing := [name for name in classes if name not in set(names)]:
         raise Refused(f"{path} has no value for {', '.join(missing)}; give every class one")
     for name, value in pairs:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not isinstance(value, float) or not 0 < value < math.inf:
             raise Refused(f"{path}: the value of {name!r} is {value!r}, not a number above 0; 1e-6 says hardly ever")
     values = dict(pairs)
     return _normalised(np.array([values[name] for name in classes], dtype=float))
@@ -111,8 +111,9 @@ def _line_pairs(path: Path, text: str) -> list[tuple[str, float]]:
 
 def _json_pairs(path: Path, text: str) -> list[tuple[str, object]]:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide a class that is named twice
-    except ValueError as error:
+        # a dict would hide a class that is named twice; as a float, a number of 400 digits is infinite and refused
+        pairs = json.loads(text, object_pairs_hook=list, parse_int=float)
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON ({error}); mend it") from None
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise Refused(f"{path} holds no JSON object {{class: value}}; mend it")

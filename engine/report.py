@@ -45,8 +45,8 @@ def write_report(
 ) -> None:
     """All files of a test into ``folder``, which lies in the run's: `REPORT_FILES`, features.png where ``features``
     [N, D] are given. ``command`` is the one that tests like this."""
+    earlier, log = read_json(folder / "metrics.json", default=result), read_log(folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = read_json(folder / "metrics.json", default=result)
     if any(earlier.get(key) != result[key] for key in ("split_hash", "weights_hash")):
         for name in ("post_hoc.json", "features.png"):  # which this test may not make
             (folder / name).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def write_report(
     page = folder / "report.html"
     images = JudgedImages(paths, files, targets, predicted, probabilities.max(axis=1), confusion)
     map_of_features = None if features is None else folder / "features.png"
-    write_page(page, result, images, record, groups, read_log(folder.parent), command, map_of_features)
+    write_page(page, result, images, record, groups, log, command, map_of_features)
     write_json(folder / "metrics.json", result)
 
 

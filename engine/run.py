@@ -80,15 +80,16 @@ class RunFolder:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.record = None
         if self.had_run and (restarted or not args.overwrite):
+            self.record = read_record(self.path)
+            if "tau" in self.record:
+                raise Refused(
+                    f"{self.path} already holds a run, of a rescaled classifier, with which no training goes on; "
+                    f"--overwrite replaces it, --run_name names another"
+                )
             if not args.resume and not restarted:
                 raise Refused(
                     f"{self.path} already holds a run; --resume goes on with it, --overwrite replaces it, "
                     f"--run_name names another"
-                )
-            self.record = read_record(self.path)
-            if "tau" in self.record:
-                raise Refused(
-                    f"{self.path} holds a rescaled classifier, with which no training goes on; give another --run_name"
                 )
             self._check_flags(args)
         if self.record is None and args.weights and args.weights.resolve().parent == self.path.resolve():
@@ -132,9 +133,10 @@ class RunFolder:
 
     def refuse_to_lose(self) -> None:
         """`Refused` when no state is left but more than a kill in the first epoch leaves: a fresh start deletes it."""
-        trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last").epoch + 1
+        first, epochs = self.record["flags"]["start_epoch"], self.record["flags"]["epochs"]
+        trained = (self.path / "last.safetensors").is_file() and read_weights(self.path, "last").epoch + 1 - first
         tested = any(True for pattern in REPORTS for _ in self.path.glob(pattern))
-        if tested or trained >= min(2, self.record["flags"]["epochs"]) or len(read_log(self.path)) > 1:
+        if tested or trained >= min(2, epochs - first) or len(read_log(self.path)) > 1:
             raise Refused(
                 f"{self.path} holds a trained model but no state.pt to go on from; --overwrite trains anew in its "
                 f"place, --run_name elsewhere"
@@ -218,7 +220,8 @@ class RunFolder:
         """Save what led to a loss that is not finite; what to raise about it."""
         names = [str(paths[index]) for index in dict.fromkeys(error.indices)]  # once, of two views
         bad = [part for part, value in error.parts.items() if not math.isfinite(value)]
-        report = {"epoch": state.epoch, "step": error.step, "bad": bad, "parts": error.parts, "files": names}
+        parts = {part: str(value) if part in bad else value for part, value in error.parts.items()}  # JSON knows no NaN
+        report = {"epoch": state.epoch, "step": error.step, "bad": bad, "parts": parts, "files": names}
         reports = distributed.from_all(report)
         report = next((each for each in reports if each["bad"]), reports[0])
         state.save(self.path)

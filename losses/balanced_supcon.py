@@ -45,7 +45,5 @@ class BalancedSupConLoss(nn.Module):
         positives = same & ~itself  # the prototype at least
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / positives.sum(dim=1)
         loss = terms.logsumexp(dim=1) - mean_positive
-        if row_weights is not None:
-            weights = row_weights[:num_anchors]
-            return mean_over_processes((weights * loss).sum(), weights.sum())
-        return mean_over_processes(loss.sum(), len(anchors))
+        weights = torch.ones_like(loss) if row_weights is None else row_weights[:num_anchors]
+        return mean_over_processes((weights * loss).sum(), weights.sum())

@@ -27,6 +27,5 @@ class FocalLoss(nn.Module):
         loss = one_minus_p.clamp_min(torch.finfo(log_p.dtype).tiny) ** self.gamma * -log_p
         if self.weight is not None:
             loss = loss * self.weight.to(loss)[targets]
-        if row_weights is not None:
-            return mean_over_processes((row_weights * loss).sum(), row_weights.sum())
-        return mean_over_processes(loss.sum(), len(loss))
+        weights = torch.ones_like(loss) if row_weights is None else row_weights
+        return mean_over_processes((weights * loss).sum(), weights.sum())

@@ -37,11 +37,11 @@ class SupConLoss(nn.Module):
         positives = (anchor_targets[:, None] == targets) & ~itself
         num_positives = positives.sum(dim=1)
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / num_positives.clamp_min(1)
-        loss = torch.where(num_positives > 0, similarities.logsumexp(dim=1) - mean_positive, 0)
+        weights = num_positives > 0
+        loss = torch.where(weights, similarities.logsumexp(dim=1) - mean_positive, 0)
         if row_weights is not None:
-            weights = row_weights[:num_anchors] * (num_positives > 0)
-            return mean_over_processes((weights * loss).sum(), weights.sum())
-        return mean_over_processes(loss.sum(), (num_positives > 0).sum())
+            weights = weights * row_weights[:num_anchors]
+        return mean_over_processes((weights * loss).sum(), weights.sum())
 
 
 def view_by_view(features: Tensor, targets: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

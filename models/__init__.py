@@ -65,6 +65,10 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
         raise Refused("--pretrained and --weights both say where to start from; give one")
     if args.neck and args.freeze_backbone and not args.weights:
         raise Refused(f"--freeze_backbone keeps --neck {args.neck} as it begins; leave one of them out")
+    if args.pretrained and args.freeze_backbone and args.stem == "small":
+        raise Refused(
+            "--freeze_backbone keeps the first layers of --stem small as they are drawn; leave one of them out"
+        )
     warnings = []
     if args.stem != "imagenet" and args.arch not in torchvision.models.list_models():
         warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")
@@ -98,10 +102,10 @@ def _projection(width: int, size: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, size))
 
 
-def load_backbone_weights(backbone: Backbone, path: Path) -> list[str]:
+def load_backbone_weights(backbone: Backbone, path: Path, whole: bool = False) -> list[str]:
     """Copy a state dict in torchvision's names, or of a run of this suite, into the backbone; no pickle is executed.
 
-    Returns what did not match, in words; `Refused` when nothing did.
+    Returns what did not match, in words; `Refused` when nothing did, or, to have the ``whole`` backbone, not all did.
     """
     try:
         state = (
@@ -121,6 +125,12 @@ def load_backbone_weights(backbone: Backbone, path: Path) -> list[str]:
     matching = {name for name, value in own.items() if name in state and state[name].shape == value.shape}
     if not matching:
         raise Refused(f"--weights {path} has no tensor that fits this backbone; was it saved from another --arch?")
+    lacking = sorted(name for name in own.keys() - matching if not name.endswith("num_batches_tracked"))
+    if whole and lacking:
+        raise Refused(
+            f"--freeze_backbone keeps {lacking[0]} as it is drawn, one of {len(lacking)} tensors for which --weights "
+            f"{path} has none that fits; leave it out, or was the file saved from another --arch, --stem or --neck?"
+        )
     for name in matching:
         own[name].copy_(state[name])
     shapes = sorted(name for name in own.keys() & state.keys() if name not in matching)

@@ -44,7 +44,7 @@ def torchvision_resnet(arch: str, stem: str = "imagenet", pretrained: bool = Fal
     """
     try:
         resnet = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: a part of the file has arrived
         raise Refused(
             f"--pretrained: cannot download weights of {arch} ({error}); give a local file: --weights"
         ) from None

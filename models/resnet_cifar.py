@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
 
 def resnet_cifar(depth: int = 32, width: int = 16) -> Backbone:
     """The residual network for 32 px images (He et al., 2016, section 4.2): three stages of ``width``, ``2 width`` and
-    ``4 width`` channels, cut before the last. Depth 32 and width 16 have 0.47 M parameters, width 64 has 7.4 M."""
+    ``4 width`` channels, cut before the last. Depth 32 and width 16 have 0.46 M parameters, width 64 has 7.4 M."""
     blocks = (depth - 2) // 6
     stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     stages = (

@@ -14,9 +14,9 @@ class RareSampleGenerator(nn.Module):
     """Adds feature maps of tail classes to a training batch: a tail row plus the transformed variation of a head row.
 
     Wang et al., "RSG: A Simple but Effective Module for Learning Imbalanced Datasets", 2021, section 3. Each class has
-    ``num_centers`` centres; a head row's variation is its distance from its nearest one. The ``head_tail_ratio``
-    largest classes are head classes. `generating` is False while the centres are learnt and set to True, once an
-    epoch, from the epoch on in which rows are generated. Its own losses never train the stages before it.
+    ``num_centers`` centres; a head row's variation is its difference from the one it is assigned to most. The
+    ``head_tail_ratio`` largest classes are head classes. `generating` is False while the centres are learnt and set to
+    True, once an epoch, from the epoch on in which rows are generated. Its own losses never train the stages before it.
 
     The contrastive module's last layer begins like any `torch.nn.Linear`. With weights from N(0, 1) its first losses
     are in the thousands at the usual learning rate and throw its weights far off.

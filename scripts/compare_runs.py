@@ -46,7 +46,12 @@ def parse_args(argv: list[str] | None = None):
     add("runs", nargs="+", metavar="RUN", help="a run's folder, its name, or a folder of runs")
     add("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found")
     add("--output", type=given_path, metavar="DIR", help="default: comparison/ in the folder that holds the runs")
-    add_switch(parser, "--allow_different_splits", False, "also show runs that saw other images; untested in pairs")
+    add_switch(
+        parser,
+        "--allow_different_splits",
+        False,
+        "also runs that saw other images; pairs where tested alike",
+    )
     return parser.parse_args(argv)
 
 

@@ -84,10 +84,13 @@ Accuracies are balanced test accuracies in per cent of the last epoch, mean ± s
 more than 100, 20 to 100, fewer than 20 training images. Head: the fifth of the classes with most of them; tail: all
 others. Published figures are of ResNet-32 after 200 epochs (or as stated) at imbalance 100, of the last epoch or of
 the best one on the test set, which is what much public code reports, on the official images and other draws of the
-tail. Beside cifar_best they are the best of its size and epochs, reached by other recipes. CIFAR10-original (split
-9cd15121309a) has the official images; CIFAR10 (8403d703aeea) has the same ones re-encoded as JPEG (quality 75, colours
-at half the resolution), which costs 4 to 6 points at 32 px: the first reason of its gaps. Another one is fewer epochs
-than the recipe's; below 60 the CIFAR recipes have no warm-up either. results.md says what is known of the rest."""
+tail. Beside cifar_best and cifar_best_x4 they are the best of that network and number of epochs, by other methods.
+CIFAR10-original (split 9cd15121309a) has the official images; CIFAR10 (8403d703aeea) has the same ones re-encoded as
+JPEG (quality 75, colours at half the resolution), which costs 4 to 6 points at 32 px: the first reason of its gaps.
+Both are named by number, so that `prepare_data.py cifar10`, which goes by the official names, draws as many, but other
+images. mini-ImageNet (45a7a8f412c1) is 84 px, 300 down to 3 training, 10 val and 20 test images a class. Another
+reason of gaps is fewer epochs than the recipe's; below 60 the CIFAR recipes have no warm-up either. results.md says
+what is known of the rest."""
 HEADER = [
     "| row | what | published | last epoch | chosen | many / medium / few | head / tail | epochs | n |",
     "|---|---|---|---|---|---|---|---|---|",

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from data.archives import unpacked
+from data.class_folders import Source
 from data.downloads import download_cifar
 from data.long_tail import IMBALANCES, Profile, draw, resolved_class_order
 from data.preparation import publish, refuse_foreign_output, scratch_folder
@@ -61,13 +62,15 @@ def main(args) -> None:
     refuse_foreign_output(output, [path, args.ilsvrc])
     with scratch_folder(output) as scratch:
         source = SOURCES[args.kind].read(unpacked(path, scratch / "unpacked"), args.ilsvrc)
+        if not source.splits["train"] or not all(source.splits["train"].values()):
+            raise Refused(f"{path} names no class, or one without an image; get the original source")
         for split in ("val", "test"):
             if split in source.splits and getattr(args, f"{split}_fraction") is not None:
                 raise Refused(
                     f"--{split}_fraction changes nothing: {path} has its own {split}/, which is kept; leave it out, or "
                     f"shorten it with --{split}_per_class"
                 )
-        profile = drawing_profile(args, source.profile, sorted(source.splits["train"]))
+        profile = drawing_profile(args, source)
         say(publish(source, draw(source.splits, profile), profile, scratch, output, args.link, args.overwrite))
 
 
@@ -101,20 +104,23 @@ def source_path(args) -> Path | None:
     return args.source
 
 
-def drawing_profile(args, defaults: dict, classes: list[str]) -> Profile:
+def drawing_profile(args, source: Source) -> Profile:
     given = {flag: getattr(args, flag) for flag in DRAW_FLAGS if getattr(args, flag) is not None}
     for split in ("val", "test"):
         if f"{split}_fraction" in given and f"{split}_per_class" in given:
             raise Refused(f"--{split}_fraction and --{split}_per_class say the size of one split twice; give one")
         if f"{split}_fraction" in given:
             given[f"{split}_per_class"] = None  # a source's default
-    order = resolved_class_order(args.class_order, classes, args.data_seed)
-    profile = Profile(**{**defaults, **given}, class_order=order, data_seed=args.data_seed)
-    if profile.val_fraction + profile.test_fraction >= 1:
-        raise Refused(
-            f"--val_fraction {profile.val_fraction:g} and --test_fraction {profile.test_fraction:g} leave nothing to "
-            f"train on; their sum is to be below 1"
-        )
+    order = resolved_class_order(args.class_order, sorted(source.splits["train"]), args.data_seed)
+    profile = Profile(**{**source.profile, **given}, class_order=order, data_seed=args.data_seed)
+    carved = {
+        split: getattr(profile, f"{split}_fraction")
+        for split in ("val", "test")
+        if split not in source.splits and getattr(profile, f"{split}_per_class") is None
+    }
+    if sum(carved.values()) >= 1:
+        shares = " and ".join(f"--{split}_fraction {share:g}" for split, share in carved.items())
+        raise Refused(f"{shares}: nothing is left to train on; the sum is to be below 1")
     if profile.imb_type == "none" and (args.imb_factor or args.class_order != "index"):
         flag = "--imb_factor" if args.imb_factor else "--class_order"
         raise Refused(f"{flag} changes nothing: the classes keep their sizes; give --imb_type exp or step, too")

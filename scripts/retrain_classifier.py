@@ -103,7 +103,7 @@ def rescale(args: argparse.Namespace) -> None:
         raise Refused(f"{args.parent} predicts with its nearest class mean: no loss trained a head; try --method crt")
     if record["flags"]["norm_out"]:
         raise Refused(f"{args.parent} has a NormedLinear head, whose weights have no norm to rescale; try --method crt")
-    run = RunFolder(args.training)
+    run = distributed.together(lambda: RunFolder(args.training))
     weights = read_weights(args.parent, args.parent_weights)
     model = trained_model(args.parent, record, weights.tensors).to(device)
     head, scores = model.heads["main"], {}

@@ -6,13 +6,24 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import beta, kstest
 from torchvision.transforms import v2
 
 import imagenet_lt_train
 from data.augment import NOTHING, POLICIES, Policy
 from data.samplers import epoch_draws, epoch_mixings, policy_draws
-from data.transforms import DRAWS, HOLE_LEFT, HOLE_TOP, POLICY_DRAWS, cutmix_box, cutout, mixed
+from data.transforms import (
+    DRAWS,
+    HOLE_LEFT,
+    HOLE_TOP,
+    POLICY_DRAWS,
+    cutmix_box,
+    cutout,
+    mirrored,
+    mixed,
+    random_resized_crop,
+)
 from tests.test_loading import SIZES, equal, training, write_split
 
 COLUMNS = (*DRAWS, *POLICY_DRAWS)
@@ -203,6 +214,18 @@ def test_a_policy_comes_after_crop_and_flip_and_leaves_their_draws_alone(tmp_pat
         rows = numbers[start : (start := start + len(batch.images))]
         images = loader.cropped(loader.source.views[batch.indices], rows)
         assert torch.equal(batch.images, loader.coloured(loader.policy.on_batch(images, rows), rows))
+
+
+def test_a_policy_on_large_images_comes_between_crop_and_flip(tmp_path):
+    split = write_split(tmp_path, 4, 100)
+    loader = training(split, 72, augment=("randaugment",))
+    (batch,) = loader.epoch(0)
+    numbers = torch.cat([epoch_draws(4, 0, 0), policy_draws(4, 0, 0)], dim=1)
+    for image, index, row in zip(batch.images, batch.indices, numbers, strict=True):
+        crop = random_resized_crop(Image.open(split.paths[index]), 72, row.tolist())
+        pixels = np.array(loader.policy.on_image(crop, row.tolist()))
+        pixels = mirrored(torch.from_numpy(pixels).permute(2, 0, 1)[None], row[None])
+        assert torch.equal(image, loader.coloured(pixels, row[None])[0])
 
 
 @pytest.mark.parametrize(

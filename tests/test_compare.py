@@ -221,6 +221,15 @@ def test_runs_that_differ_only_in_their_seed_are_one_group_named_by_what_differs
     assert mean_and_deviation(first, "top1") == pytest.approx((0.85, 0.05 * 2**0.5))
 
 
+def test_a_flag_that_is_gone_tells_older_runs_apart(make_run):
+    folders = [make_run("older", 0, gone="mean"), make_run("newer", 0)]
+    for order in (folders, folders[::-1]):
+        assert {group.flags for group in grouped([read_run(folder) for folder in order])} == {
+            "gone mean",
+            "the defaults",
+        }
+
+
 def test_folders_named_by_setting_and_seed_name_the_groups(make_run):
     folders = [make_run("on_seed0", 0), make_run("on_seed1", 1), make_run("off_seed0", 0, add_rsg=False)]
     assert [group.name for group in grouped([read_run(folder) for folder in folders])] == ["on", "off"]

@@ -236,7 +236,7 @@ def test_a_source_without_a_name_is_not_written_into_the_folder_of_all_data(tmp_
     [
         ("--imb_factor 50", "--imb_factor changes nothing"),
         ("--class_order random", "--class_order changes nothing"),
-        ("--val_fraction .6 --test_fraction .4", "leave nothing to train on"),
+        ("--val_fraction .6 --test_fraction .4", "nothing is left to train on"),
         ("--val_fraction .1 --val_per_class 5", "say the size of one split twice"),
     ],
 )
@@ -244,6 +244,18 @@ def test_flags_that_change_nothing_or_leave_nothing_are_refused(tmp_path, photos
     output = ["--output", tmp_path / "out"]
     assert error in error_of(capsys, "folder", "--source", photos, *output, *words.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_that_is_not_in_force_is_not_counted(tmp_path, photos):
+    prepare("folder", "--source", photos, "--output", tmp_path / "out", "--val_per_class", 5, "--test_fraction", 0.9)
+    assert read_image_folders(tmp_path / "out").class_counts == [1, 1, 1]
+
+
+def test_the_class_that_comes_first_in_the_given_order_is_the_largest(tmp_path, photos):
+    (tmp_path / "order").write_text("c\na\nb\n")
+    words = ["--imb_type", "exp", "--imb_factor", 10, "--class_order", tmp_path / "order"]
+    prepare("folder", "--source", photos, "--output", tmp_path / "out", *words)
+    assert read_image_folders(tmp_path / "out").class_counts == [13, 4, 42]
 
 
 def test_a_given_share_goes_before_a_sources_own_number(tmp_path):

@@ -211,6 +211,32 @@ def test_few_shot_lists_count_images_by_their_number(tmp_path):
         assert Image.open(path).getpixel((0, 0))[1] == int(path.stem[-8:])
 
 
+@pytest.mark.parametrize("imb_type", ["exp", "none"])
+def test_lists_without_a_row_are_refused(tmp_path, capsys, imb_type):
+    (tmp_path / "images").mkdir()
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv").write_text("filename,label\n")
+    words = ["mini-imagenet", "--source", tmp_path, "--output", tmp_path.parent / "out", "--imb_type", imb_type]
+    assert "names no class" in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "rows", "message"),
+    [
+        (np.zeros((4, 3, 84, 84), np.uint8), {"n01532829": [0, 1]}, "does not hold image_data"),
+        (np.zeros((4, 84 * 84 * 3), np.uint8), {"n01532829": [0, 1]}, "does not hold image_data"),
+        (np.zeros((4, 84, 84, 3), np.uint8), {}, "names no class"),
+        (np.zeros((4, 84, 84, 3), np.uint8), {"n01532829": [0, 1, 2, 3], "n01558993": []}, "one without an image"),
+    ],
+)
+def test_caches_of_something_else_are_refused(tmp_path, capsys, pixels, rows, message):
+    (tmp_path / "source").mkdir()
+    content = pickle.dumps({"image_data": pixels, "class_dict": rows}, 2)
+    (tmp_path / "source" / "mini-imagenet-cache-train.pkl").write_bytes(content)
+    words = ["mini-imagenet", "--source", tmp_path / "source", "--output", tmp_path / "out"]
+    assert message in refusal(capsys, *words)
+
+
 def test_ilsvrc_folders_may_lie_elsewhere_and_missing_images_are_named(tmp_path, capsys):
     (tmp_path / "source").mkdir()
     write_few_shot_lists(tmp_path / "source")

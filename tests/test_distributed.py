@@ -64,6 +64,13 @@ LOSSES = {
 }
 
 
+def contrast_loss(rows: slice) -> torch.Tensor:
+    """Of the pairs among some rows of the first batch."""
+    torch.manual_seed(3)
+    features, targets = batches()[0]
+    return RareSampleGenerator(6, COUNTS).contrast_loss(features[rows, :, None, None], targets[rows])
+
+
 def network() -> nn.Module:
     """Batch normalisation would see each process's rows only; there is none."""
     torch.manual_seed(1)
@@ -146,6 +153,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     results = {name: history(name, rank, world) for name in LOSSES}
     results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
     results["logged"] = logged_loss(rank, world)
+    results["contrast"] = contrast_loss((slice(0, 7), slice(7, ROWS))[rank]).detach()
     results["pixels"] = pixels_of_images(folder)
     results["statistics"] = renewed_statistics(rank)
     results["refused"] = refused_by_one(rank)
@@ -183,6 +191,12 @@ def test_both_processes_have_the_same_gradients(two_processes, name):
 
 def test_the_logged_loss_of_uneven_batches_is_that_of_one_process(two_processes):
     assert two_processes[0]["logged"] == pytest.approx(logged_loss(0, 1), rel=1e-6)
+
+
+def test_the_contrast_loss_is_the_mean_over_the_pairs_of_all_processes(two_processes):
+    expected = (3 * contrast_loss(slice(0, 7)) + contrast_loss(slice(7, ROWS))) / 4  # 7 rows are 3 pairs, 3 are one
+    mean = (two_processes[0]["contrast"] + two_processes[1]["contrast"]) / 2
+    torch.testing.assert_close(mean, expected.detach())
 
 
 def test_the_normalisation_is_that_of_all_images_on_every_process(two_processes, tmp_path_factory):

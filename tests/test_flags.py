@@ -99,7 +99,9 @@ def test_the_ends_of_a_range_belong_to_it(flag, word, value):
         ("rate", "0", "above 0"),
         ("rate", "-1", "above 0"),
         ("rate", "nan", "above 0"),
-        ("count", "1", "at least 2"),
+        ("count", "1", "at least 2, at most 1e+09"),
+        ("count", "9" * 400, "at least 2, at most 1e+09"),
+        ("rate", "inf", "above 0"),
     ],
 )
 def test_a_number_out_of_range_is_refused_with_the_range(flag, word, bounds, capsys):
@@ -113,7 +115,7 @@ def test_a_word_that_is_no_number_is_refused_by_kind(flag, word, kind, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "epoch"), [("160", 160), ("0.8", 24), ("0.025", 1), ("0.", 0), ("1.0", 30), ("-1", -1)]
+    ("word", "epoch"), [("160", 160), ("0.8", 24), ("0.025", 1), ("0.", 0), ("1.0", 30), ("-1", -1), ("5e-05", 0)]
 )
 def test_an_epoch_with_a_point_is_a_share_of_all(word, epoch):
     args = argparse.Namespace(start=epoch_or_share(-1)(word), epochs=30)
@@ -132,6 +134,13 @@ def test_what_is_neither_an_epoch_nor_a_share_is_refused(word):
 @pytest.mark.parametrize("words", [["--wor", "x"], ["--o"], ["stray"], ["--word"], ["--unknown", "1"]])
 def test_abbreviations_strays_and_unknown_flags_are_refused(words, capsys):
     refused(capsys, *words)
+
+
+def test_an_error_is_said_by_the_first_process_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        parse("--unknown")
+    assert capsys.readouterr().err == ""
 
 
 def test_help_shows_the_description_and_every_default():

@@ -65,6 +65,12 @@ def test_the_depth_of_a_cifar_network_counts_its_convolutions_and_the_head(depth
     assert sum(isinstance(layer, nn.Conv2d) for layer in layers) == convolutions
 
 
+def test_the_convolutions_of_the_cifar_network_begin_with_the_deviation_of_he_et_al():
+    for layer in resnet_cifar().modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.15)
+
+
 def test_the_cifar_network_cuts_32_px_images_at_16_px():
     backbone = resnet_cifar(32, 16)
     maps = backbone.lower(torch.randn(2, 3, 32, 32))
@@ -115,6 +121,8 @@ def test_a_neck_that_would_stay_as_it_begins_is_refused():
     with pytest.raises(Refused, match="--neck"):
         check_model_flags(flags("--arch resnet18 --pretrained --freeze_backbone --neck fc"))
     check_model_flags(flags("--freeze_backbone --neck fc --weights run/last.safetensors"))
+    with pytest.raises(Refused, match="--stem small"):
+        check_model_flags(flags("--arch resnet18 --pretrained --freeze_backbone --stem small"))
 
 
 @pytest.mark.parametrize("words", ["--arch resnet32 --pretrained", "--arch resnet18 --pretrained --weights some.pt"])
@@ -179,7 +187,9 @@ def test_projections_are_made_in_training_alone():
     model = build_model(flags("--arch resnet32 --supcon_projection_dim 8"), COUNTS, False)
     images = torch.randn(3, 3, 32, 32)
     output = model(images)
-    assert torch.equal(output.auxiliary["projections"], model.projection(output.features))
+    first, last = model.projection[0], model.projection[-1]
+    hidden = (output.features @ first.weight.T + first.bias).clamp_min(0)
+    torch.testing.assert_close(output.auxiliary["projections"], hidden @ last.weight.T + last.bias)
     assert output.auxiliary["projections"].shape == (3, 8)
     assert model.eval()(images).auxiliary == {}
 
@@ -258,6 +268,24 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path, save):
     with pytest.raises(Refused, match="weights.pt"):
         load_backbone_weights(torchvision_resnet("resnet18"), path)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("of", "words", "lacking"),
+    [
+        ("resnet50", "--arch resnet18", "layer1.0.conv1.weight"),
+        ("resnet18", "--arch resnet18 --stem small", "conv1.weight"),
+        ("resnet18", "--arch resnet18 --neck fc", "neck.0.bias"),
+    ],
+)
+def test_a_frozen_backbone_needs_weights_of_all_its_layers(saved, of, words, lacking):
+    path = saved(torchvision.models.get_model(of).state_dict())
+    backbone = build_model(flags(words), COUNTS, False).backbone
+    with pytest.raises(Refused, match=f"keeps {lacking} as it is drawn"):
+        load_backbone_weights(backbone, path, whole=True)
+    assert load_backbone_weights(backbone, path)
+    state = {name: value for name, value in backbone.state_dict().items() if "num_batches" not in name}
+    load_backbone_weights(backbone, saved(state), whole=True)  # older files of torchvision lack this count
 
 
 def test_weights_of_which_nothing_fits_are_refused(saved):

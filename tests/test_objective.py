@@ -110,6 +110,19 @@ def test_class_weights_are_off_before_the_drw_epoch():
     assert text_of(words, epoch=3) == text_of(words, epoch=9) == text_of(words) == "0.1 LDAM(normed; ICF weights)"
 
 
+def test_the_flags_of_the_losses_reach_them():
+    on = "--add_cross_entropy_loss --add_focal_loss --add_logit_adjusted_loss"
+    words = "--label_smoothing .2 --ldam_max_margin .5 --focal_gamma 1 --logit_adjust_tau 2 --supcon_temperature .1"
+    objective = build_objective(flags(f"{on} {words}"), COUNTS)
+    cross_entropy, ldam, focal, adjusted = (term.loss_fn for term in objective.head_terms)
+    smoothed = (cross_entropy, ldam.cross_entropy, adjusted.cross_entropy)
+    assert [loss.label_smoothing for loss in smoothed] == [0.2] * 3
+    assert ldam.margins.max() == 0.5
+    assert focal.gamma == 1
+    torch.testing.assert_close(adjusted.adjustments, 2 * (torch.tensor(COUNTS) / sum(COUNTS)).log())
+    assert objective.supcon.temperature == 0.1
+
+
 def test_the_formula_names_the_projection_where_supcon_sees_one():
     assert "SupCon(features" not in text_of("--supcon_projection_dim 8")
 
@@ -234,18 +247,19 @@ def test_supcon_sees_the_features_or_the_projections():
 def test_balanced_supcon_takes_the_classifiers_weights_as_prototypes(generated, projection):
     words = f"--supcon_balance --supcon_generated {generated} --supcon_projection_dim {projection}"
     model, output = model_and_output(words)
-    parts = build_objective(flags(words), COUNTS)(output, 7)
-    rows, prototypes = output.features, model.heads["main"].weight
+    loss = build_objective(flags(words), COUNTS).supcon_loss(output, 7)
+    weight = model.heads["main"].weight
+    rows, prototypes = output.features, weight
     if projection:
         rows, prototypes = output.auxiliary["projections"], model.prototypes(prototypes)
     rows = rows if generated != "none" else rows[:7]
     expected = BalancedSupConLoss(0.07)(
         rows, output.targets[: len(rows)], prototypes, 7 if generated == "keys" else None
     )
-    torch.testing.assert_close(parts[1]["supcon"], expected.detach())
-    model.heads["main"].weight.grad = None
-    expected.backward()
-    assert model.heads["main"].weight.grad.any()
+    torch.testing.assert_close(loss, expected)
+    own, by_hand = (torch.autograd.grad(each, weight, retain_graph=True)[0] for each in (loss, expected))
+    assert by_hand.any()
+    torch.testing.assert_close(own, by_hand)
 
 
 def test_every_classification_loss_of_mixed_images_is_that_of_both_targets_in_their_shares():

@@ -249,6 +249,20 @@ def test_what_cannot_work_is_refused(run, tmp_path, capsys, flags, words):
     assert words in refused(capsys, lambda: ask(run, *(flag.format(empty=tmp_path) for flag in flags)))
 
 
+def test_a_test_in_another_precision_has_a_folder_of_its_own(run, tested):
+    before = (run / "test" / "logits.npz").read_bytes()
+    ask(run, "--amp", "bf16")
+    assert (run / "test" / "logits.npz").read_bytes() == before
+    assert not np.array_equal(logits_in(run / "test"), logits_in(run / "test_bfloat16"))
+
+
+def test_a_run_that_lacks_its_last_weights_is_refused_before_it_predicts(run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "last.safetensors").unlink()
+    monkeypatch.setattr(Predictor, "__call__", lambda *_: pytest.fail("it predicts"))
+    assert "last.safetensors" in refused(capsys, lambda: ask(tmp_path / "copy"))
+
+
 def test_corrections_without_val_images_are_refused(run, tmp_path, capsys):
     (tmp_path / "test").symlink_to(run.parent / "data" / "test")
     line = refused(capsys, lambda: ask(run, "--data_dir", tmp_path, "--post_hoc"))

@@ -129,6 +129,8 @@ def test_a_class_whose_name_is_not_utf8_can_be_named(tmp_path):
         ("a.json", '{"common": 1, "rare": "1", "house finch": 1}', "not a number above 0"),
         ("a.json", '{"common": 1, "rare": true, "house finch": 1}', "not a number above 0"),
         ("a.json", '{"common": 1, "rare": 1, "rare": 2, "house finch": 1}', "'rare' twice"),
+        ("a.json", f'{{"common": 1{400 * "0"}, "rare": 1, "house finch": 1}}', "not a number above 0"),
+        ("a.json", 100_000 * "[", "is not JSON"),
         ("a.json", "[1, 2, 3]", "no JSON object"),
         ("a.json", "{", "is not JSON"),
     ],

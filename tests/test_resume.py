@@ -106,6 +106,17 @@ def test_a_run_killed_before_its_first_state_begins_with_its_weights_again(tmp_p
     assert_same(whole, killed)
 
 
+def test_a_run_killed_between_weights_and_state_of_its_first_epoch_begins_again(tmp_path, tiny_dataset):
+    whole = train(tmp_path / "whole", tiny_dataset, "--start_epoch", "1")
+    first = train(tmp_path / "first", tiny_dataset, "--start_epoch", "1", "--max_steps", "4")
+    killed = tmp_path / "killed" / "run"
+    killed.mkdir(parents=True)
+    for file in (whole / "args.json", first / "log.jsonl", first / "last.safetensors"):
+        shutil.copy(file, killed)
+    train(tmp_path / "killed", tiny_dataset, "--start_epoch", "1", "--resume")
+    assert_same(whole, killed)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, signal_number):
     whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1")
@@ -308,7 +319,7 @@ def test_a_non_finite_loss_keeps_the_model_of_the_step_before(tmp_path, tiny_dat
         train(tmp_path, tiny_dataset, *flags)
     assert error.value.code == 1
     run = tmp_path / "run"
-    report = json.loads((run / "nonfinite.json").read_text())
+    report = json.loads((run / "nonfinite.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"epoch {report['epoch']}, step {report['step']}" in line
     assert all(Path(name).exists() for name in report["files"])

@@ -117,8 +117,8 @@ def test_a_rescaled_run_says_how_it_was_made_and_is_not_taken_for_a_training(tmp
     before = load_file(run / "last.safetensors")
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run)]))
     page = re.sub("<[^>]*>", "", (run / "test" / "report.html").read_text())
-    command = "python scripts/retrain_classifier.py --model_dir PARENT --method tau --parent_weights last --tau 0.5"
-    assert command.replace("PARENT", str(tmp_path / "parent")) in page
+    command = "retrain_classifier.py --model_dir ROOT/parent --root_model ROOT --method tau --parent_weights last"
+    assert f"{command} --tau 0.5".replace("ROOT", str(tmp_path)) in page
     assert f"the last of {tmp_path / 'parent'}, rescaled" in page
     assert what_is_missing(run) == "a rescaled classifier, without a training to compare"
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "parent")]))
