@@ -4,6 +4,7 @@ With one process everything here is the identity, so there is one path through t
 """
 
 import os
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,12 @@ def from_main(value: Any) -> Any:
         dist.broadcast_object_list(holder)
         value = holder[0]
     return value
+
+
+def launch() -> str | None:
+    """What names this start of torchrun, the same after its restarts; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return from_main(f"{platform.node()} {os.getppid()}" if name == "none" else name)
 
 
 def together(build: Callable[[], Any]) -> Any:

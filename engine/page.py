@@ -37,7 +37,7 @@ FIGURES = {  # key of metrics.json: its name for people, in the order of the pag
     "brier": "Brier score, 0 to 2",
 }
 NO_PERCENTAGE = ("nll", "brier")
-ELSEWHERE = ("flags", "classes", "class_counts", "readable_names", "synthetic_counts", "objective")
+ELSEWHERE = ("flags", "classes", "class_counts", "readable_names", "synthetic_counts", "objective", "launch")
 MATRIX_CLASSES = 100  # more are not drawn: the cells would be smaller than a pixel on a phone
 LABELLED_CLASSES = 30  # with names below the bars
 PAIRS, PAIR_IMAGES, MISTAKES = 12, 4, 21

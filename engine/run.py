@@ -77,7 +77,9 @@ class RunFolder:
         self.path = args.root_model / run_name(args)
         self.events = args.root_log / run_name(args)  # for TensorBoard
         self.had_run = (self.path / "args.json").exists()
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.launch, restarted = distributed.launch(), False
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # of a run that this launch has begun
+            restarted = files.read_json(self.path / "args.json", default={}).get("launch") == self.launch
         self.record = None
         if self.had_run and (restarted or not args.overwrite):
             self.record = read_record(self.path)
@@ -187,12 +189,12 @@ class RunFolder:
         experiment, session, _ = hparams(flags, dict.fromkeys(HPARAM_METRICS))  # the tab shows the tags' last values
         for summary in (experiment, session):
             self.writer.file_writer.add_summary(summary)
+        record = (record if fresh else self.record) | ({"launch": self.launch} if self.launch else {})
         if fresh:
             for path in self._own_files():
                 path.unlink()
+        if fresh or read_record(self.path) != record:
             files.write_json(self.path / "args.json", record)
-        elif read_record(self.path) != self.record:
-            files.write_json(self.path / "args.json", self.record)
         files.write_json_lines(self.path / "log.jsonl", [row for row in read_log(self.path) if row["epoch"] < epoch])
 
     def commit(self, state: TrainingState, row: dict, class_means: np.ndarray | None, finished: bool) -> None:

@@ -383,11 +383,20 @@ def test_a_run_name_is_a_plain_name(name, tmp_path, tiny_dataset, capsys):
     assert "plain name" in capsys.readouterr().err
 
 
-def test_an_elastic_restart_goes_on_even_with_overwrite(tmp_path, tiny_dataset, monkeypatch, capsys):
+def test_an_elastic_restart_goes_on_with_what_its_own_launch_began(tmp_path, tiny_dataset, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(tmp_path, tiny_dataset, "--overwrite")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for more in ([], ["--overwrite"]):
+        capsys.readouterr()
+        train(tmp_path, tiny_dataset, *more)
+        assert "is finished" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path, tiny_dataset)
+    assert "already holds a run" in capsys.readouterr().err
     train(tmp_path, tiny_dataset, "--overwrite")
-    assert "is finished" in capsys.readouterr().out
+    assert "starts in epoch 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{"epoch": 1}, torch.zeros(3), "text", [1]])
