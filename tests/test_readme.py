@@ -16,7 +16,7 @@ from tests.test_sweeps import words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("data", "engine", "losses", "models", "rsg", "scripts")
-OTHERS = {"--nproc_per_node"}  # torchrun's
+OTHERS = {"--nproc_per_node", "--max_restarts"}  # torchrun's
 DOCUMENTS = ["README.md", "data/README.md", "docs/guide.md", "docs/results.md"]
 NOT_READ = {"scripts/test.sh", "scripts/retrain_classifier.py"}  # hand flags on to pytest, need a run
 
