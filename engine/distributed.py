@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.errors import Refused
+from engine.errors import Failed, Refused
 from engine.hardware import keep_freed_memory
 
 
@@ -76,6 +76,11 @@ def launch() -> str | None:
     """What names this start of torchrun, the same after its restarts; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return from_main(f"{platform.node()} {os.getppid()}" if name == "none" else name)
+
+
+def failed(sentence: str) -> BaseException:
+    """What each process raises about something that all of them know: the main one says it, the others end alike."""
+    return Failed(sentence) if is_main() else SystemExit(Failed.exit_code)
 
 
 def together(build: Callable[[], Any]) -> Any:

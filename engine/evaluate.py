@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from data.loaders import Batch
 from engine import distributed, metrics
-from engine.errors import Failed
 from losses import predicts_by_class_means
 from models.heads import MARGIN_HEADS
 
@@ -49,9 +48,7 @@ def predict(
 
     heads = {head: gathered([each[head] for each in logits]) for head in logits[0]}
     if not all(np.isfinite(rows).all() for rows in heads.values()):
-        if not distributed.is_main():  # the main process speaks for all
-            raise SystemExit(Failed.exit_code)
-        raise Failed(f"the model's outputs are not finite ({text}): training has diverged; try a lower --lr")
+        raise distributed.failed(f"the model's outputs are not finite ({text}): it has diverged; try a lower --lr")
     return Predictions(gathered(features) if with_features else None, heads, gathered(targets))
 
 

@@ -127,7 +127,7 @@ def summary(
         "g_mean": float(np.prod(tested ** (1 / len(tested)))),
         "worst_class": float(tested.min()),
         **group_means(recall, groups),
-        "nll": float(-np.take_along_axis(log_p, targets[:, None], axis=1).mean()),
+        "nll": float(negative_log_likelihood(logits, targets).mean()),
         "brier": brier_score(np.exp(log_p), targets),
         "ece": expected_calibration_error(confidence, predicted == targets),
     }

@@ -36,6 +36,7 @@ class Predictor:
 
     def __init__(self, args: argparse.Namespace, run: Path, device: torch.device, weights: str | None = None):
         self.args, self.run, self.device = args, run, device
+        self.amp_dtype = autocast_dtype(args.amp, device)
         self.record = read_record(run)
         flags, classes, counts = self.record["flags"], self.record["classes"], self.record["class_counts"]
         self.weights = weights or args.weights or default_weights(run)
@@ -60,7 +61,7 @@ class Predictor:
     def __call__(self, loader: EvaluationLoader, text: str) -> Answers:
         """Logits of the loader's images, under ``--test_prior`` if there is one. ``text`` names the bar."""
         with_features = self.head == "ncm" or self.args.plot_features
-        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), text, with_features)
+        predictions = predict(self.model, loader, self.amp_dtype, text, with_features)
         logits = chosen_logits(predictions, self.head, self.class_means, self.record["flags"]["norm_scale"])
         if self.test_prior is not None:
             logits = reweighted(logits, self.model_prior, self.test_prior)
@@ -82,8 +83,7 @@ class Predictor:
         """What tells the files of this test from those of the default one."""
         suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"
         suffix += "" if self.head == default_head(self.record["flags"]) else f"_{self.head}"
-        dtype = autocast_dtype(self.args.amp, self.device)
-        suffix += "" if dtype is None else f"_{str(dtype).removeprefix('torch.')}"
+        suffix += "" if self.amp_dtype is None else f"_{str(self.amp_dtype).removeprefix('torch.')}"
         if self.test_prior is None:
             return suffix
         path = Path(self.args.test_prior)
@@ -104,5 +104,5 @@ class Predictor:
         if missing := folders.untested("train"):
             raise Refused(f"--predict_with ncm needs training images of every class; {missing[0]} has none")
         loader = self.loader(folders.splits["train"])
-        predictions = predict(self.model, loader, autocast_dtype(self.args.amp, self.device), "class means")
+        predictions = predict(self.model, loader, self.amp_dtype, "class means")
         return class_means(predictions, len(self.record["classes"]))

@@ -218,7 +218,7 @@ class RunFolder:
                 save_weights(self.path / f"{name}.safetensors", state.judged, class_means, row["epoch"])
         state.save(self.path)
 
-    def nonfinite(self, error: NonFiniteLoss, state: TrainingState, paths: list[Path]) -> Exception:
+    def nonfinite(self, error: NonFiniteLoss, state: TrainingState, paths: list[Path]) -> BaseException:
         """Save what led to a loss that is not finite; what to raise about it."""
         names = [str(paths[index]) for index in dict.fromkeys(error.indices)]  # once, of two views
         bad = [part for part, value in error.parts.items() if not math.isfinite(value)]
@@ -230,9 +230,7 @@ class RunFolder:
         if distributed.is_main():
             files.write_json(self.path / "nonfinite.json", report)
         distributed.barrier()
-        if not distributed.is_main():  # the main process speaks for all
-            return SystemExit(Failed.exit_code)
-        return Failed(
+        return distributed.failed(
             f"{', '.join(report['bad']) or 'a gradient'} is not finite in epoch {state.epoch}, step {error.step}; its "
             f"{len(report['files'])} images are listed in {self.path / 'nonfinite.json'} and the state before it is "
             f"saved; begin a new run with a lower --lr, or with --clip_grad_norm"

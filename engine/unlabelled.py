@@ -11,7 +11,7 @@ from data.folders import Split, image_files
 from data.images import faults, first_twenty, read_image
 from engine import distributed
 from engine.console import say
-from engine.errors import Failed, Refused
+from engine.errors import Refused
 from engine.files import read_json, write_json
 from engine.predictor import Predictor
 from engine.report import write_csv
@@ -51,9 +51,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
         write_unlabelled(table, files, [None if fault else next(rows) for fault in wrong], predictor.record["classes"])
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
     if broken := [fault for fault in wrong if fault]:
-        if not distributed.is_main():  # the main process speaks for all
-            raise SystemExit(Failed.exit_code)
-        raise Failed(first_twenty(broken, f" without a class in {table}"))
+        raise distributed.failed(first_twenty(broken, f" without a class in {table}"))
     return {"n": len(readable), "table": str(table)}
 
 

@@ -46,12 +46,7 @@ def parse_args(argv: list[str] | None = None):
     add("runs", nargs="+", metavar="RUN", help="a run's folder, its name, or a folder of runs")
     add("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found")
     add("--output", type=given_path, metavar="DIR", help="default: comparison/ in the folder that holds the runs")
-    add_switch(
-        parser,
-        "--allow_different_splits",
-        False,
-        "also runs that saw other images; pairs where tested alike",
-    )
+    add_switch(parser, "--allow_different_splits", False, "also runs that saw other images; pairs where tested alike")
     return parser.parse_args(argv)
 
 

@@ -45,16 +45,6 @@ def nearest_center(module, row, target):
     return module.centers[target, scores.argmax()].detach()
 
 
-def test_it_begins_as_the_contract_has_it():
-    module = RareSampleGenerator(64, COUNTS * 4, contrast_dim=64)
-    assert not module.centers.any()
-    assert (module.assignment_bias == 1).all()
-    assert module.assignment_weight.std().item() == pytest.approx(1, rel=0.05)
-    for layer in (module.transform, module.contrast[0], module.contrast[2]):
-        assert not layer.bias.any()
-        assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.05)
-
-
 def same_or_different(module, first, second):
     """The contrastive module's two logits of a pair of maps [C, H, W], layer by layer."""
     reduce, _, conv, linear = module.contrast
@@ -176,6 +166,16 @@ def test_centres_at_zero_have_a_distance_of_one():
 )
 def test_the_share_of_classes_with_most_images_is_head(counts, ratio, expected):
     assert head_classes(counts, ratio).nonzero().flatten().tolist() == expected
+
+
+def test_it_begins_with_zero_centres_and_the_deviations_of_he_et_al():
+    module = RareSampleGenerator(64, COUNTS * 4, contrast_dim=64)
+    assert not module.centers.any()
+    assert (module.assignment_bias == 1).all()
+    assert module.assignment_weight.std().item() == pytest.approx(1, rel=0.05)
+    for layer in (module.transform, module.contrast[0], module.contrast[2]):
+        assert not layer.bias.any()
+        assert layer.weight.std().item() == pytest.approx((2 / layer.weight[0].numel()) ** 0.5, rel=0.05)
 
 
 # Sample contrast
