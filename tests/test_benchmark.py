@@ -1,8 +1,8 @@
 """The benchmark's arithmetic, and that its groups run; no test asks how fast anything is."""
 
+import functools
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -30,22 +30,32 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert quotients([2, 9], [1, 3]) == [2, 3]
 
 
-def test_every_candidate_runs_in_every_repeat_after_one_call_that_is_not_measured():
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of measurements, which passes when a test says so."""
+    now = [0.0]
+    monkeypatch.setattr("scripts.benchmarks.measuring.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_every_candidate_runs_in_every_repeat_after_one_call_that_is_not_measured(clock):
     calls = []
-    candidates = {name: lambda name=name: (calls.append(name), time.sleep(0.01 * (name == "slow"))) for name in "ab"}
-    candidates["slow"] = lambda: (calls.append("slow"), time.sleep(0.01))
+
+    def candidate(name, seconds):
+        calls.append(name)
+        clock[0] += seconds
+
+    candidates = {name: functools.partial(candidate, name, 10.0**k) for k, name in enumerate("abc")}
     seconds = interleaved(candidates, BENCH)
-    assert calls == ["a", "b", "slow", "a", "b", "slow", "b", "slow", "a", "slow", "a", "b"]
-    assert all(len(each) == BENCH.repeats for each in seconds.values())
-    assert min(seconds["slow"]) >= 0.01
+    assert calls == ["a", "b", "c", "a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert seconds == {name: [10.0**k] * BENCH.repeats for k, name in enumerate("abc")}
 
 
-def test_what_is_called_fast_is_called_often_and_its_time_is_that_of_one_call(monkeypatch):
-    monkeypatch.setattr("scripts.benchmarks.measuring.LEAST_SECONDS", 0.02)
-    calls = []
-    seconds = interleaved({"fast": lambda: (calls.append(1), time.sleep(0.001))}, BENCH._replace(quick=False))
-    assert len(calls) > BENCH.repeats + 2
-    assert min(seconds["fast"]) >= 0.001
+def test_what_is_called_fast_is_called_often_and_its_time_is_that_of_one_call(clock, monkeypatch):
+    monkeypatch.setattr("scripts.benchmarks.measuring.LEAST_SECONDS", 8.0)
+    seconds = interleaved({"fast": lambda: clock.__setitem__(0, clock[0] + 1)}, BENCH._replace(quick=False))
+    assert seconds == {"fast": [1.0] * BENCH.repeats}
+    assert clock[0] == 1 + 1 + 8 * BENCH.repeats
 
 
 def test_bytes_kept_for_the_backward_pass_of_a_linear_layer_with_cross_entropy():

@@ -107,13 +107,11 @@ def test_class_balanced_weights_become_inverse_frequency_weights_as_beta_goes_to
 
 def test_inverse_frequency_weights_are_the_numbers_of_the_hand_case():
     close(inverse_frequency_weights(COUNTS), (0.027027, 0.270270, 2.702703))
-    close(inverse_frequency_weights(COUNTS) / 3, (0.009009, 0.090090, 0.900901))
 
 
 def test_inverse_frequency_weights_point_where_sklearns_balanced_weights_do():
     labels = np.repeat([0, 1, 2], COUNTS)
     theirs = torch.as_tensor(compute_class_weight("balanced", classes=np.array([0, 1, 2]), y=labels))
-    close(theirs, (0.37, 3.7, 37))
     close(inverse_frequency_weights(COUNTS), 3 * theirs / theirs.sum(), 1e-6)
 
 
@@ -160,7 +158,6 @@ def test_weighted_cross_entropy_divides_by_the_weights_of_the_batch():
     logits, targets, weight = double((2, 1, -1), (0.5, 0.2, 0.3)), torch.tensor([0, 2]), double(1, 2, 4)
     close(cross_entropy()(logits, targets), 0.744422)
     close(cross_entropy(weight)(logits, targets), 0.981667)
-    close(F.cross_entropy(logits, targets, weight, reduction="none").mean(), 2.454168)  # what it is not
 
 
 def test_weighted_cross_entropy_is_sklearns_weighted_log_loss():
@@ -423,16 +420,6 @@ def test_supcon_of_each_anchor_is_the_number_of_the_hand_case():
     expected = (0.000173, 0.025401, 5.013386, 0.000219)
     for number in (1, 2, 3, 4):  # the mean over the first anchors
         close(SupConLoss(0.1)(rows, targets, num_anchors=number), sum(expected[:number]) / number)
-
-
-@pytest.mark.parametrize(
-    ("labels", "temperature", "over_all_rows"),
-    [((0, 0, 1, 2), 0.1, 0.006393), ((0, 0, 1, 2), 0.07, 0.001337), ((0, 0, 0, 1), 0.1, 2.174803)],
-)
-def test_supcon_averages_over_the_anchors_that_have_a_positive(labels, temperature, over_all_rows):
-    with_positive = sum(labels.count(label) > 1 for label in labels)
-    loss = SupConLoss(temperature)(on_circle(ANGLES), torch.tensor(labels))
-    close(loss * with_positive / 4, over_all_rows)
 
 
 def test_supcon_of_identical_rows_is_the_logarithm_of_the_number_of_keys():

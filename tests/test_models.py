@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -86,6 +87,14 @@ def test_the_shortcut_of_a_cifar_block_takes_every_other_pixel_and_pads_the_chan
     assert torch.equal(out[:, 2:6], maps[:, :, ::2, ::2])
     assert not out[:, :2].any()
     assert not out[:, 6:].any()
+
+
+def test_a_cifar_block_is_two_convolutions_and_a_shortcut_written_out():
+    block, maps = resnet_cifar(8, 4).lower[4].train(), torch.randn(3, 4, 6, 6)
+    out = F.batch_norm(F.conv2d(maps, block.conv1.weight, stride=2, padding=1), None, None, training=True).relu()
+    out = F.batch_norm(F.conv2d(out, block.conv2.weight, padding=1), None, None, training=True)
+    shortcut = F.pad(maps[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+    torch.testing.assert_close(block(maps), (out + shortcut).relu())
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if not arch.startswith("resnet32")])

@@ -15,7 +15,9 @@ from losses import (
     inverse_frequency_weights,
     predicts_by_class_means,
 )
+from losses.objective import Objective
 from models import add_model_flags, build_model
+from models.classifier import Output
 from models.heads import MARGIN_HEADS
 from rsg import add_rsg_flags
 
@@ -123,10 +125,6 @@ def test_the_flags_of_the_losses_reach_them():
     assert objective.supcon.temperature == 0.1
 
 
-def test_the_formula_names_the_projection_where_supcon_sees_one():
-    assert "SupCon(features" not in text_of("--supcon_projection_dim 8")
-
-
 # What it computes
 
 
@@ -161,6 +159,12 @@ def test_with_everything_on_the_loss_is_the_sum_of_its_parts_computed_by_hand(ge
     for name, (_, value) in terms.items():
         torch.testing.assert_close(parts[name], value.detach(), rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(loss, sum(factor * value for factor, value in terms.values()), rtol=1e-4, atol=1e-5)
+
+
+def test_cesc_is_centre_and_contrast_under_one_factor_and_mv_has_its_own():
+    parts = {"centre": torch.tensor(3.0), "contrast": torch.tensor(5.0), "mv": torch.tensor(11.0)}
+    loss, _ = Objective([], cesc_factor=2.0, mv_factor=7.0)(Output(torch.zeros(1, 2), {}, {}, None, parts), 1)
+    assert loss == 2 * (3 + 5) + 7 * 11
 
 
 def test_the_weight_type_of_a_loss_chooses_its_class_weights_and_cbl_takes_its_beta():

@@ -178,6 +178,17 @@ def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run,
     assert result["top1_under_prior"] == pytest.approx(result["balanced_accuracy"], abs=1e-12)
 
 
+def test_a_prior_is_that_of_the_epoch_of_the_weights(run, tested, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")  # its weights are of epoch 0
+    record = json.loads((copy / "args.json").read_text())
+    record["flags"] |= {"epochs": 2, "drw_epoch": 1, "cross_entropy_weight_type": "icf"}  # weights in epoch 1 alone
+    (copy / "args.json").write_text(json.dumps(record))
+    ask(copy, "--test_prior", "uniform")
+    shift = logits_in(copy / "test_prior_uniform") - logits_in(run / "test")
+    expected = -np.log([8 / 16, 5 / 16, 3 / 16]) - np.log(3)
+    np.testing.assert_allclose(shift, np.tile(expected, (9, 1)), atol=1e-12)
+
+
 def test_unlabelled_images_get_three_classes_and_unreadable_ones_are_named(run, tested, tmp_path, capsys):
     folder = tmp_path / "photos"
     (folder / "inner").mkdir(parents=True)

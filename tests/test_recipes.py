@@ -64,6 +64,11 @@ def test_the_cifar_baselines_follow_the_fields_setting(name):
     assert (args.augment, args.hflip, sampler_of(args, 199)) == ([], None, "uniform")
 
 
+def test_deferred_sampling_begins_at_its_share_of_the_epochs():
+    args = imagenet_lt_train.parse_args(["--drs_epoch", "0.8", "--epochs", "10", "--ldam_weight_type", "none"])
+    assert [sampler_of(args, epoch) for epoch in (1, 7, 8)] == ["uniform", "uniform", "balanced"]
+
+
 @pytest.mark.parametrize(("epochs", "start"), [(200, 160), (30, 24)])
 def test_a_shorter_run_keeps_the_proportions(epochs, start):
     args = parse("cifar_rsg", "--epochs", str(epochs))

@@ -43,6 +43,8 @@ def record_of(run: Path) -> dict:
 
 def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset):
     parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset --neck fc")
+    tensors = load_file(parent / "last.safetensors")
+    save_file({name: 0 * value for name, value in tensors.items()}, parent / "last.safetensors", {"epoch": "0"})
     retrain(tmp_path, "--epochs", "1")
     record = record_of(tmp_path / "parent_crt")
     assert record["parent"] == str(parent)
@@ -66,6 +68,8 @@ def test_what_a_second_stage_takes_from_its_parent_is_the_parents(tmp_path, tiny
 def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsys):
     for index in range(2):
         (tiny_dataset / f"val/rare/val_{index}.png").unlink()  # so that accuracy is not balanced accuracy
+    for old, new in (("common", "other"), ("rare", "common"), ("other", "rare")):  # test/ would choose another tau
+        (tiny_dataset / "test" / old).rename(tiny_dataset / "test" / new)
     parent = trained(tmp_path, tiny_dataset, f"{LINEAR} --epochs 7")
     model, transform, classes = load_run(parent)
     images = [Image.open(tiny_dataset / "val" / name / "val_2.png") for name in classes]
@@ -91,6 +95,7 @@ def test_tau_rescales_the_rows_of_the_parents_head(tmp_path, tiny_dataset, capsy
     capsys.readouterr()
     result = imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(run), "--split", "val"]))
     assert result["balanced_accuracy"] == pytest.approx(scores[record["tau"]])
+    assert result["chosen_on_these_images"]
     with pytest.raises(SystemExit, match="2"):
         retrain(tmp_path, "--method", "tau")
     assert "already holds a run" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_corrections_of_the_prior_count_synthetic_images_by_their_weight(with_sy
 
 
 def test_a_run_with_synthetic_images_resumes_exactly_and_refuses_others(with_synthetic, tmp_path, capsys):
-    flags = ("--synthetic_weight", "0.5", "--save_every_steps", "1", "--supcon_generated", "keys")
+    flags = ("--synthetic_weight", "0.5", "--save_every_steps", "2", "--supcon_generated", "keys")
     whole = train(with_synthetic, tmp_path / "whole", *flags)
     resumed = train(with_synthetic, tmp_path / "resumed", *flags)
     (resumed / "state.previous.pt").replace(resumed / "state.pt")

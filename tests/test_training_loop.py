@@ -37,6 +37,17 @@ def train(folder: Path, name: str, words: str) -> Path:
     return folder / name
 
 
+def test_the_parts_in_the_log_add_up_and_centres_that_stay_are_warned_of(tmp_path, tiny_dataset, capsys):
+    words = "--epochs 1 --lr 1e-30 --add_rsg True --add_supcon_loss True"
+    run = train(tmp_path, "run", f"{words} --rsg_cesc_weight 1e-4 --rsg_mv_weight 1e-3")
+    row = json.loads((run / "log.jsonl").read_text())
+    factors = {"ldam_main": 0.1, "supcon": 0.9, "centre": 1e-4, "contrast": 1e-4, "mv": 1e-3}
+    assert all(row[f"loss_{name}"] > 0 for name in factors if name != "contrast")
+    assert row["train_loss"] == pytest.approx(sum(f * row[f"loss_{name}"] for name, f in factors.items()), rel=1e-4)
+    assert row["rsg_center_distance"] == pytest.approx(1, abs=1e-5)
+    assert "hardly moved" in capsys.readouterr().err
+
+
 def weights_of(run: Path) -> torch.Tensor:
     return load_file(run / "last.safetensors")["heads.main.weight"]
 
