@@ -47,15 +47,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = train_parser(__doc__)
     args = parser.parse_args(argv)
     check_run_flags(args)
-    for warning in (
+    warn(
         *check_idle_flags(args, parser.parse_args([])),
         *check_optimizer_flags(args),
         *check_data_flags(args),
         *check_model_flags(args),
         *check_rsg_flags(args),
         *check_loss_flags(args, sampler_of(args, args.epochs - 1)),
-    ):
-        warn(warning)
+    )
     return args
 
 
@@ -66,10 +65,12 @@ def main(args: argparse.Namespace) -> None:
         raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
     folders = distributed.together(lambda: read_data(args))
     distributed.together(lambda: check_data(args, folders))
-    for warning in check_class_weights(args, folders.class_counts):
-        warn(warning)
+    warn(*check_class_weights(args, folders.class_counts))
     run = distributed.together(lambda: RunFolder(args))
     saved = read_state(run.path, quiet=True) if run.record else None
+    found = (saved["epoch"], saved["step"]) if saved else run.record is not None
+    if len(set(distributed.from_all(found))) > 1:
+        raise Refused(f"the processes do not find the same state in {run.path}; all machines must share its disk")
     if run.record and not saved:
         run.refuse_to_lose()
     if saved and saved["finished"]:
@@ -84,8 +85,7 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         check_compiler(device)
     training = distributed.together(lambda: build_training_loader(args, folders, pixels, seed, device))
-    for warning in check_average(args, len(training)):
-        warn(warning)
+    warn(*check_average(args, len(training)))
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
     torch.manual_seed(seed)
@@ -94,8 +94,7 @@ def main(args: argparse.Namespace) -> None:
         whole = args.freeze_backbone
         for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
             say(f"{args.weights}: {mismatch}")
-        for warning in distributed.together(lambda: check_start(args, pixels)):
-            warn(warning)
+        warn(*distributed.together(lambda: check_start(args, pixels)))
     del saved  # is read again with the lock held; until then the model needs the memory
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -205,8 +204,7 @@ def end_epoch(
         distributed.share_buffers(state.judged)
     row, class_means = selection.judge(state.judged)
     row = {"epoch": epoch, **rates_in_force(args, epoch)} | epoch_row(state, training.views) | row
-    for warning in unmoved_centers(row):
-        warn(warning)
+    warn(*unmoved_centers(row))
     run.commit(state, row, class_means, finished=not steps_in_epoch(args, epoch + 1, len(training)))
 
 

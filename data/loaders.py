@@ -15,6 +15,7 @@ from data.folders import Split
 from data.pixel_sources import DecodedImages, RandomCrops, WorkerPool, decoded_bytes, fixed_views
 from data.samplers import batch_bounds, epoch_draws, epoch_mixings, epoch_order, policy_draws
 from engine import distributed
+from engine.transfer import to_device
 
 CACHE_LIMIT = 2e9  # bytes of decoded images kept in memory
 POLICY_IMAGES = 2048  # to which a policy is applied at once
@@ -128,8 +129,8 @@ class TrainingLoader:
         else:
             keys = (list(zip(i.tolist(), d.tolist(), strict=True)) for i, d in zip(indices, draws, strict=True))
         for images, numbers in zip(self.source.read(keys), draws, strict=True):
-            numbers = numbers.to(self.device, non_blocking=True)
-            yield self.in_parts(self.cropped, images.to(self.device, non_blocking=True), numbers), numbers
+            numbers = to_device(numbers, self.device)
+            yield self.in_parts(self.cropped, to_device(images, self.device), numbers), numbers
 
     def coloured_batches(self, shown: Iterator[tuple[Tensor, Tensor]], indices: list[Tensor]) -> Iterator[Batch]:
         for (images, numbers), batch in zip(shown, indices, strict=True):
@@ -142,7 +143,7 @@ class TrainingLoader:
             )
 
     def rows_of(self, values: Tensor | None, batch: Tensor) -> Tensor | None:
-        return None if values is None else values[batch].to(self.device, non_blocking=True)
+        return None if values is None else to_device(values[batch], self.device)
 
     def in_parts(self, function: Callable[[Tensor, Tensor], Tensor], images: Tensor, draws: Tensor) -> Tensor:
         """``function`` of as many images at a time as the cache of a CPU holds."""
@@ -209,6 +210,6 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         keys = [list(range(start, stop)) for start, stop in self.bounds]
         for images, batch in zip(self.source.read(keys), keys, strict=True):
-            images = self.pixels.normalized_(images.to(self.device, non_blocking=True) / 255)
+            images = self.pixels.normalized_(to_device(images, self.device) / 255)
             indices = torch.tensor([self.own[i] for i in batch], dtype=torch.long)
             yield Batch(images, self.targets[indices].to(self.device), indices)

@@ -16,6 +16,7 @@ from data import transforms
 from data.augment import Policy
 from data.images import MAX_PIXELS, faults, first_twenty, read_image
 from engine.errors import Failed, Refused
+from engine.transfer import to_device
 
 
 class CachedViews:
@@ -32,7 +33,7 @@ class CachedViews:
 
     def read(self, batches: Iterable[list[int]]) -> Iterator[Tensor]:
         for indices in batches:
-            yield self.views[torch.tensor(indices).to(self.views.device, non_blocking=True)]
+            yield self.views[to_device(torch.tensor(indices), self.views.device)]
 
 
 class WorkerPool:

@@ -2,6 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
 
 
 def printable(text: str) -> str:
@@ -18,11 +21,16 @@ def _is_heard() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def progress(items: Iterable, text: str, unit: str, total: int | None = None) -> tqdm:
+    """``items`` with a bar, where this is a terminal."""
+    return tqdm(items, text, total, unit=unit, leave=False, disable=None if _is_heard() else True)
+
+
 def say(text: str) -> None:
     if _is_heard():
         print(printable(text), flush=True)
 
 
-def warn(text: str) -> None:
-    if _is_heard():
+def warn(*texts: str) -> None:
+    for text in texts if _is_heard() else ():
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

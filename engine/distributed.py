@@ -35,7 +35,8 @@ def start(device_name: str) -> torch.device:
             raise Refused(f"--device cuda: {processes} process(es) need a GPU each, but {gpus} can be used")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 is what --amp off says; cuDNN would round to 10 bits
+        torch.backends.cudnn.allow_tf32 = False  # float32 is what --amp off says; TF32 would round to 10 bits
+        torch.backends.cuda.matmul.allow_tf32 = False
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

@@ -65,6 +65,9 @@ def _sentence(error: Exception) -> str:
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):
+        if "NCCL" in str(error):
+            what = str(error).strip().splitlines()[-1]
+            return f"another process of the launch ended, or the GPUs find no way to each other ({what})"
         if "shared memory" in str(error):
             return "shared memory is too small for the decoded images; try --cache_limit 0, or a larger /dev/shm"
         if any(words in str(error) for words in ("gloo/transport", "closed by peer", "Connection reset")):

@@ -2,6 +2,12 @@ import torch
 from torch import Tensor
 
 
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` that nothing waits for. Only CUDA keeps a source that is freed before it is read: with
+    MPS the copy may be of what came after it (pytorch#189690), so that it is waited for there."""
+    return value.to(device, non_blocking=device.type == "cuda")
+
+
 class SentToCpu:
     """A tensor on its way to the CPU. Where it is sent long before it is asked for, the device need not stop."""
 

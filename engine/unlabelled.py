@@ -33,12 +33,13 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     other = read_json(table.with_suffix(".json"), default={}).get("images")
     if table.exists() and other not in (None, about["images"]):
         raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")
-    size, wrong = predictor.record["img_size"], None
-    if distributed.is_main():
-        wrong = faults(
-            paths, lambda _, path: read_image(path, at_least=size), workers_in_use(predictor.args), "checking"
-        )
-    wrong = distributed.from_main(wrong)
+    size, wrong = predictor.record["img_size"], [""] * len(paths)
+    share = slice(distributed.rank(), None, distributed.world_size())
+    found = faults(
+        paths[share], lambda _, path: read_image(path, at_least=size), workers_in_use(predictor.args), "checking"
+    )
+    for rank, part in enumerate(distributed.from_all(found)):
+        wrong[rank :: distributed.world_size()] = part
     readable = [path for path, fault in zip(paths, wrong, strict=True) if not fault]
     rows = iter(())
     if readable:

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torchvision
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
 
     def compile(self, **options) -> None:
         """`torch.compile` of the two parts, in place: parameters keep their names, and a copy is not compiled."""
+        torch._functorch.config.donated_buffer = False  # SupCon's keys go back through the upper part twice
         for part in (self.lower, self.upper):
             part.compile(**options)
 

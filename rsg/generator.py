@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from engine.distributed import mean_over_processes
 from engine.numerics import inverse_norm
-from engine.transfer import SentToCpu
+from engine.transfer import SentToCpu, to_device
 
 
 class RareSampleGenerator(nn.Module):
@@ -68,7 +68,7 @@ class RareSampleGenerator(nn.Module):
             return maps, targets, {"centre": center_loss, "contrast": self.contrast_loss(fixed, targets), "mv": off}
         is_head = (is_head or self.send_kinds(targets)).arrived()
         pairs = sample_pairs(is_head.nonzero().flatten(), (~is_head).nonzero().flatten(), self.strength)
-        heads, tails = (rows.to(maps.device, non_blocking=True) for rows in pairs)
+        heads, tails = (to_device(rows, maps.device) for rows in pairs)
         head_maps, tail_maps = fixed[heads], fixed[tails]
         centers = nearest_centers[:, :, None, None].to(fixed.dtype)
         variations = head_maps - centers[heads]

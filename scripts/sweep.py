@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         check_folder(run)
     to_do = [run for run in runs if not is_done(run)]
     threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // args.jobs))} if args.jobs > 1 else {}
-    say(f"{len(runs)} runs in {root_model}, {len(runs) - len(to_do)} of them done; {args.jobs} at a time")
+    say(f"runs in {root_model}: {len(runs)}, done: {len(runs) - len(to_do)}; {args.jobs} at a time")
     logs = None if args.line else root_model
     with files.locked(root_model) if logs else contextlib.nullcontext():  # lines of the list may run side by side
         failures = run_all(to_do, args.jobs, threads | os.environ, logs)

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
+import imagenet_lt_train
 from data.build import build_pixels, read_data
 from data.loaders import Batch
 from engine import distributed
@@ -256,3 +257,20 @@ def test_a_refusal_under_torchrun_is_one_line(tmp_path, tiny_dataset, folder, ba
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_processes_that_find_different_states_refuse_to_go_on(tmp_path, tiny_dataset):
+    """As on two machines whose disks are their own."""
+    script = tmp_path / "on_its_own_disk.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, os.getcwd()); import imagenet_lt_train as script\n"
+        "own = ['--root_model', sys.argv[1] + '/' + os.environ['RANK']]\n"
+        "script.main(script.parse_args(sys.argv[2:] + own))\n"
+    )
+    flags = ["--data_dir", str(tiny_dataset), "--root_log", str(tmp_path / "log"), "--run_name", "run", "--resume"]
+    flags += ["--arch", "resnet32", "--epochs", "1", "--batch_size", "4", "--seed", "0", "--device", "cpu"]
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, "--root_model", str(tmp_path / "0")]))
+    result = torchrun(2, str(script), str(tmp_path), *flags)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "do not find the same state" in line

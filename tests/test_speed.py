@@ -25,7 +25,7 @@ from engine.guard import NonFiniteGuard
 from engine.optim import build_optimizer
 from engine.precision import build_scaler, is_channels_last
 from engine.state import TrainingState
-from engine.train import train_one_epoch
+from engine.train import NonFiniteLoss, train_one_epoch
 from losses import build_objective, inverse_frequency_weights
 from models.backbones import Backbone, Part
 from models.classifier import Output
@@ -81,6 +81,18 @@ def test_three_steps_are_those_of_a_plain_loop():
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
 
 
+def test_shares_and_weights_of_mixed_images_reach_the_loss():
+    words = "--arch resnet32 --img_size 16 --amp off --add_rsg 0 --add_supcon_loss 0 --add_ldam_loss 0"
+    steps = TrainingSteps(flags(f"{words} --add_cross_entropy_loss"), COUNTS, CPU, False)
+    plain, (batch,) = copy.deepcopy(steps.state.model).train(), batches(1, 4)
+    others, w, v = batch.targets.roll(-1), torch.tensor([1, 0.5, 1, 0.25]), torch.tensor([0.5, 1, 0.25, 1])
+    steps([batch._replace(mixed_targets=others, share=0.3, weights=w, mixed_weights=v)], 1)
+    logits = plain(batch.images).logits["main"]
+    own, mixed = (F.cross_entropy(logits, targets, reduction="none") for targets in (batch.targets, others))
+    expected = 0.3 * (w * own).sum() / w.sum() + 0.7 * (v * mixed).sum() / v.sum()
+    torch.testing.assert_close(steps.state.sums["train_loss"] / 4, expected.detach())
+
+
 class Flat(nn.Linear):
     """A classifier without batch statistics."""
 
@@ -106,6 +118,20 @@ def test_batches_of_one_update_count_by_their_images():
         train_one_epoch(model, objective, state, guard, iter(given), [len(batch.targets) for batch in given])
         weights.append(model.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_a_bad_batch_takes_back_the_whole_update_it_belongs_to(bad):
+    words = "--arch resnet32 --img_size 16 --amp off --add_rsg 0 --add_supcon_loss 0 --accumulate_steps 2"
+    (steps, before), shown = (TrainingSteps(flags(words), COUNTS, CPU, False) for _ in range(2)), batches(6)
+    before(shown[:2], 2)
+    shown[bad].images.fill_(torch.nan)
+    with pytest.raises(NonFiniteLoss, match=f"in step {bad}"):
+        steps(shown, 6)
+    assert steps.state.step == 2
+    expected = before.state.model.state_dict()
+    for name, value in steps.state.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
 
 
 # The order of maps in memory
@@ -187,6 +213,15 @@ def test_compiled_parts_are_compiled_once_for_any_number_of_rows_and_change_neit
     assert list(backbone.state_dict()) == names
     copy.deepcopy(backbone).lower(torch.randn(2, 3, 10, 10))
     assert len(graphs) == 2  # a copy is not compiled
+
+
+def test_a_compiled_part_can_go_backward_twice_as_generated_keys_ask():
+    backbone = Backbone(conv_part(3, 4), conv_part(4, 5), 4, 5)
+    backbone.compile(backend="aot_eager")
+    maps = torch.randn(2, 4, 8, 8, requires_grad=True)
+    loss = backbone.upper(maps).square().sum()
+    once, again = (torch.autograd.grad(loss, maps, retain_graph=retain)[0] for retain in (True, False))
+    torch.testing.assert_close(once, again)
 
 
 def test_compile_is_refused_in_a_line_where_there_is_no_compiler(tmp_path, tiny_dataset, capsys, monkeypatch):

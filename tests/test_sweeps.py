@@ -352,7 +352,7 @@ def test_data_may_have_any_name(tmp_path):
 def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
     """With an ``srun`` that runs what it is given, as Slurm's does on the node."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "bin" / "srun").write_text('#!/bin/sh\n[ "$1 $2" = "--cpus-per-task 8" ] && shift 2 && exec "$@"\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
     arguments = words_of(
         tmp_path / "bin",
@@ -362,8 +362,22 @@ def test_a_slurm_array_task_runs_its_line(tmp_path, name, data):
         "--seeds",
         "5",
         SLURM_ARRAY_TASK_ID="3",
+        SLURM_CPUS_PER_TASK="8",
     )
     args = sweep.parse_args(arguments)
     assert (args.sweep, args.line, args.data_dir, args.seeds) == (name, 3, Path(data), [5])
     assert ("cifar_rsg" in args.settings) == (name == "reproduce_ledger")
     assert args.settings.get("img2img", ["DATA/synthetic_img2img"])[-1] == "DATA/synthetic_img2img"
+
+
+def test_a_slurm_job_starts_a_process_on_every_gpu_and_resumes(tmp_path):
+    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "printf 'n7\\nn8\\n'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": 40_017, "JOB_NODELIST": "n[7-8]", "NNODES": 2, "GPUS_ON_NODE": 4, "CPUS_PER_TASK": 32}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = ["bash", ROOT / "scripts" / "slurm.sbatch", "--seed", "5"]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    expected = "--cpus-per-task 32 .venv/bin/torchrun --nnodes 2 --nproc_per_node 4 --max_restarts 3 --rdzv_id 40017"
+    expected += " --rdzv_backend c10d --rdzv_endpoint n7:20017 imagenet_lt_train.py --resume --seed 5"
+    assert words == expected.split()

@@ -47,7 +47,7 @@ def startup_rows(bench: Bench) -> Iterable[Row]:
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "data" / "train", [10] * 10, (32, 32), ".png")
         first_step = f"{TRAIN} --data_dir {folder}/data --arch resnet18 -j 0 --max_steps 1 --overwrite --run_name run"
-        first_step += f" --root_model {folder} --root_log {folder}/log --device {bench.device} --add_rsg False"
+        first_step += f" --root_model {folder} --root_log {folder}/log --device {bench.device.type} --add_rsg False"
         candidates = {
             "import torch, torchvision": python("-c", "import torch, torchvision"),
             "import imagenet_lt_train": python("-c", "import imagenet_lt_train"),
