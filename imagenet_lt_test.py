@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.folders import ImageFolders, split_hash, tested_hash
+from data.folders import ImageFolders
+from data.split_hash import split_hash, tested_hash
 from engine import distributed, metrics, post_hoc, report
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors

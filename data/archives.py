@@ -8,9 +8,8 @@ import zlib
 from lzma import LZMAError
 from pathlib import Path, PureWindowsPath
 
-from tqdm import tqdm
-
 from data.folders import SPLITS
+from engine.console import progress
 from engine.errors import Refused
 
 
@@ -46,7 +45,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def unpack_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
-        for member in tqdm(tar, f"unpacking {archive.name}", unit="file", disable=None, leave=False):
+        for member in progress(tar, f"unpacking {archive.name}", "file"):
             refuse_foreign(archive, member.name, plain=member.isfile() or member.isdir())
             target = folder / member.name
             if member.isdir():
@@ -60,7 +59,7 @@ def unpack_tar(archive: Path, folder: Path) -> None:
 def unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         members = [member for member in file.infolist() if not member.filename.startswith("__MACOSX/")]
-        for member in tqdm(members, f"unpacking {archive.name}", unit="file", disable=None, leave=False):
+        for member in progress(members, f"unpacking {archive.name}", "file"):
             kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the archive was made without Unix modes
             refuse_foreign(archive, member.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)

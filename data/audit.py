@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data.duplicates import exact_duplicates, near_duplicates
-from data.folders import hash_of_lines
 from data.images import read_image
 from data.listing import ACT, HINT, NOTE, Finding, Listing, listing_findings
+from data.split_hash import hash_of_lines
+from engine.console import progress
 from engine.errors import Refused
 from engine.files import read_json
 from engine.metrics import FEW, MANY, shot_groups
@@ -57,7 +57,7 @@ def inspect(path: Path) -> Inspected:
 
 def inspect_all(paths: list[Path], workers: int) -> list[Inspected]:
     with ThreadPoolExecutor(workers) as pool:  # decoding and hashing leave the interpreter lock
-        return list(tqdm(pool.map(inspect, paths), "reading", len(paths), unit="image", disable=None, leave=False))
+        return list(progress(pool.map(inspect, paths), "reading", len(paths), "image"))
 
 
 def unreadable_findings(root: Path, inspected: list[Inspected], came_broken: bool) -> list[Finding]:

@@ -8,7 +8,7 @@ from data.listing import ACT, Finding
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.console import number_of_classes, printable
 from engine.figures import GROUP_COLOURS, new_figure, save_figure
-from engine.metrics import shot_groups
+from engine.metrics import FEW, MANY, shot_groups
 
 SHOWN = 5  # files printed of a note or hint; of what must be acted on, all
 
@@ -37,7 +37,7 @@ def distribution_lines(figures: dict) -> list[str]:
     return [
         f"classes      {figures['classes']}, largest {figures['largest_class']}, smallest {figures['smallest_class']} "
         f"training images; imbalance factor {figures['imbalance_factor']:.4g}, Gini coefficient {figures['gini']:.3f}",
-        f"groups       {groups['many']} many (> 100), {groups['medium']} medium, {groups['few']} few (< 20)",
+        f"groups       {groups['many']} many (> {MANY}), {groups['medium']} medium, {groups['few']} few (< {FEW})",
         f"suggested    --cbl_beta {suggested['cbl_beta']:.6g} (1 - 1/N, N images in the largest class); "
         f"group thresholds: many > {thresholds['many_above']}, few < {thresholds['few_below']}",
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.augment import AUGMENTATIONS, POLICIES
-from data.folders import ImageFolders, Split, read_image_folders
+from data.folders import LIKE_VAL, ImageFolders, Split, read_image_folders
 from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader
 from data.pixel_sources import own_size
 from data.samplers import SAMPLERS
@@ -131,7 +131,7 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
         if split in folders.splits and (names := folders.untested(split)):
             warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
     if "val" not in folders.splits:
-        other = next((name for name in ("valid", "validation", "dev") if (folders.root / name).is_dir()), None)
+        other = next((name for name in LIKE_VAL if (folders.root / name).is_dir()), None)
         hint = f"; {folders.root / other} is not used, its name would have to be val" if other else ""
         warn(f"{folders.root} has no val/ images: nothing is selected, the last epoch is the model{hint}")
 

@@ -4,7 +4,8 @@ from collections import defaultdict
 
 import numpy as np
 from scipy.fft import dctn
-from tqdm import tqdm
+
+from engine.console import progress
 
 # Bits of 63: a thousand CIFAR-10 images made 2 % brighter and saved again at JPEG quality 50 moved by 6 at most.
 MAX_DISTANCE = 6
@@ -37,7 +38,7 @@ def near_duplicates(thumbnails: np.ndarray, first: int | None = None) -> list[tu
     hashes = perceptual_hashes(thumbnails)
     first = len(hashes) if first is None else first
     pairs = []
-    for start in tqdm(range(0, first, 256), "near-duplicates", unit="block", disable=None, leave=False):
+    for start in progress(range(0, first, 256), "near-duplicates", "block"):
         distances = np.bitwise_count(hashes[start : min(start + 256, first), None] ^ hashes[None, start:])
         rows, columns = np.nonzero(distances <= MAX_DISTANCE)
         later = columns > rows

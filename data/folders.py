@@ -1,14 +1,11 @@
 """Class folders on disk: which images there are, of which class, and whether they can be trained on."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from data.image_lists import find_list, read_lists
 from data.wordnet import MINI_IMAGENET_NAMES
@@ -17,7 +14,7 @@ from engine.files import read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
-STAMP = ".stamp"  # in a prepared folder, see `stamp`
+LIKE_VAL = ("valid", "validation", "dev")  # what others call it
 
 
 class Split(NamedTuple):
@@ -99,21 +96,19 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     train = root / "train"
     if not train.is_dir():
         raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
-    classes = class_folders(train)
+    found = images_by_class(root)
+    classes = list(found["train"])
     if len(classes) < 2:
         raise Refused(f"{train} holds {len(classes)} class folder(s); a classifier needs at least two")
-    splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
-    for name in splits:
-        if unknown := set(class_folders(root / name)) - set(classes):
+    for name, images in found.items():
+        if unknown := images.keys() - classes:
             raise Refused(
                 f"{root / name} holds classes that train/ lacks: {', '.join(sorted(unknown))}; remove them, or train "
                 f"on such images"
             )
-    present = set(splits["train"].targets)
-    empty = [name for index, name in enumerate(classes) if index not in present]
-    if empty:
-        raise without_images([train / name for name in empty])
-    splits = {name: split for name, split in splits.items() if split.paths}
+    if empty := [train / name for name, images in found["train"].items() if not images]:
+        raise without_images(empty)
+    splits = {name: split_of(images, classes) for name, images in found.items() if any(images.values())}
     return ImageFolders(root, classes, splits, read_about(root))
 
 
@@ -135,12 +130,13 @@ def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: l
         return folders
     if not (root / split).is_dir():
         raise Refused(f"{root / split} does not exist; give the data set with --data_dir, or another --split")
-    if unknown := set(class_folders(root / split)) - set(classes):
+    found = images_by_class(root)
+    if unknown := found[split].keys() - classes:
         raise Refused(
             f"{root / split} holds classes that the run does not know: {', '.join(sorted(unknown))}; move them away, "
             f"or give other images with --data_dir"
         )
-    splits = {name: read_split(root / name, classes) for name in SPLITS if (root / name).is_dir()}
+    splits = {name: split_of(images, classes) for name, images in found.items()}
     if not splits[split].paths:
         raise Refused(f"{root / split} holds no images of the run's classes")
     return ImageFolders(root, classes, splits)
@@ -161,14 +157,18 @@ def class_folders(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def read_split(directory: Path, classes: list[str]) -> Split:
-    """The images of ``directory/<class>/``; other folders and files and dot files are ignored."""
-    paths, targets = [], []
-    for index, name in enumerate(classes):
-        images = image_files(directory / name) if (directory / name).is_dir() else []
-        paths += images
-        targets += [index] * len(images)
-    return Split(paths, targets)
+def images_by_class(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """split -> class -> images, as they lie in ``root/split/class/``; other files and folders are ignored."""
+    return {
+        split: {name: image_files(root / split / name) for name in class_folders(root / split)}
+        for split in SPLITS
+        if (root / split).is_dir()
+    }
+
+
+def split_of(images: dict[str, list[Path]], classes: list[str]) -> Split:
+    rows = [(path, index) for index, name in enumerate(classes) for path in images.get(name, [])]
+    return Split([path for path, _ in rows], [index for _, index in rows])
 
 
 def image_files(directory: Path) -> list[Path]:
@@ -193,61 +193,6 @@ def read_about(root: Path) -> dict:
     return about
 
 
-def split_hash(folders: ImageFolders) -> str:
-    """SHA-256 that names exactly these images in these splits.
-
-    Over the sorted lines ``split/class/name sha256(content)``. A ``split.json`` that lists the very same files, none
-    of them changed after itself, in a folder that was not copied, carries the hash already; otherwise every file is
-    read.
-    """
-    names, path = folders.names(), folders.root / "split.json"
-    recorded = read_json(path, default={})
-    is_listed = recorded.get("files") == sorted(names) and isinstance(recorded.get("hash"), str)
-    if is_listed and is_as_stamped(folders.root, names.values()):
-        return recorded["hash"]
-    return _hash_of_images(names)
-
-
-def tested_hash(folders: ImageFolders, split: str) -> str:
-    """SHA-256 that names exactly these images of ``split``, whatever the other splits hold."""
-    names = folders.names()
-    return _hash_of_images({name: path for name, path in names.items() if name.startswith(f"{split}/")})
-
-
-def _hash_of_images(names: dict[str, Path]) -> str:
-    return hash_of_lines(
-        f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        for name, path in tqdm(names.items(), "hashing", unit="image", disable=None, leave=False)
-    )
-
-
-def stamp(root: Path) -> None:
-    """Note that ``split.json``, just written or touched, is of the images in ``root``."""
-    (root / STAMP).write_text(_changes(root))
-
-
-def is_as_stamped(root: Path, images: Iterable[Path]) -> bool:
-    """Whether ``root`` is the folder that was stamped, not a copy of it, and none of its ``images`` changed since."""
-    if not (root / STAMP).is_file() or (root / STAMP).read_bytes() != _changes(root).encode():
-        return False
-    written = (root / "split.json").stat().st_ctime  # unlike mtime never that of a file which was copied or moved here
-    return all(image.stat().st_ctime <= written + 1 for image in images)
-
-
-def _changes(root: Path) -> str:
-    """When ``split.json`` and the splits' folders last changed, in ns: renaming ``root`` keeps these times, no copy can
-    have them, and a class or a split from elsewhere moves them."""
-    names = ["split.json", *(split for split in SPLITS if (root / split).is_dir())]
-    return " ".join(str((root / name).stat().st_ctime_ns) for name in names)
-
-
-def synthetic_hash(folders: ImageFolders) -> str:
-    """SHA-256 that names exactly these synthetic images: `split_hash` of a split ``synthetic``."""
-    paths, targets = folders.synthetic
-    names = [f"synthetic/{folders.classes[target]}/{path.name}" for path, target in zip(paths, targets, strict=True)]
-    return _hash_of_images(dict(zip(names, paths, strict=True)))
-
-
 def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:
     """``split/class/name`` of every (split, class, path). Lists may hold a name twice in a class: then the second is
     called by its path below ``root``, and a file's repetitions by their number, too."""
@@ -259,8 +204,3 @@ def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str
         times[name] += 1
         names[name if name not in names else f"{name} ({times[name]})"] = path
     return names
-
-
-def hash_of_lines(lines: Iterable[str]) -> str:
-    """SHA-256 of the lines, sorted, a newline after each."""
-    return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode(errors="surrogateescape")).hexdigest()

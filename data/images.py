@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from engine.console import progress
 from engine.errors import Refused
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89,478,485: an RGB image of 256 MiB
@@ -79,7 +79,7 @@ def faults(paths: list[Path], look: Callable[[int, Path], object], workers: int,
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = pool.map(fault, range(len(paths)), paths)
-        return list(tqdm(results, text, len(paths), unit="image", disable=None, leave=False))
+        return list(progress(results, text, len(paths), "image"))
 
 
 def first_twenty(sentences: list[str], others: str) -> str:

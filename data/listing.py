@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folders import SPLITS, STAMP, class_folders, image_files, image_names, read_image_folders
+from data.folders import image_names, images_by_class, read_image_folders
 from data.preparation import WRITTEN
+from data.split_hash import STAMP
 from engine.errors import Refused
 
 ACT, NOTE, HINT = "act", "note", "hint"  # act: training would stop, or its figures would be wrong
@@ -19,7 +20,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies in a data folder, right or wrong."""
+    """Every split, class and image that was found."""
 
     root: Path
     splits: dict[str, dict[str, list[Path]]]  # split -> class -> images
@@ -53,13 +54,10 @@ def listing(root: Path, list_dir: Path | None = None) -> Listing:
         return Listing(root, splits, [])
     if not (root / "train").is_dir():
         raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
-    present = [split for split in SPLITS if (root / split).is_dir()]
-    splits = {
-        split: {name: image_files(root / split / name) for name in class_folders(root / split)} for split in present
-    }
+    splits = images_by_class(root)
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
-    used |= {root / split / name for split in present for name in splits[split]}
-    found = [path for split in present for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
+    used |= {root / split / name for split in splits for name in splits[split]}
+    found = [path for split in splits for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
     found += [path for path in root.iterdir() if path.name not in {*WRITTEN, STAMP, "synthetic"}]
     return Listing(root, splits, sorted(set(found) - used))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.class_folders import Classes, Source, read_class_folders, refuse_unknown_classes
 from data.folders import SPLITS, image_files
 from data.pickles import load_arrays
+from data.source_folders import Classes, Source, read_class_folders, refuse_unknown_classes
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.errors import Refused
 

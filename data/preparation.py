@@ -7,21 +7,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from data.class_folders import Source
-from data.folders import SPLITS, class_folders, hash_of_lines, image_files, is_as_stamped, stamp
+from data.folders import SPLITS, images_by_class
 from data.long_tail import Names, Profile
+from data.source_folders import Source
+from data.split_hash import Files, file_content, hash_of_files, hash_of_lines, is_as_stamped, stamp
+from engine.console import progress
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
 
 WRITTEN = {*SPLITS, "dataset.json", "split.json", "audit.json", "audit.png"}  # in a folder that was prepared
-Files = dict[str, Path | np.ndarray]  # "split/class/name" -> image file, or uint8 pixels [H, W] or [H, W, 3]
 
 
 def publish(
@@ -131,7 +127,7 @@ def write_files(files: Files, folder: Path, link: bool) -> str:
     for parent in {str(Path(name).parent) for name in files}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, image in tqdm(files.items(), "writing", unit="image", disable=None, leave=False):
+    for name, image in progress(files.items(), "writing", "image"):
         content = file_content(image)
         lines.append(f"{name} {hashlib.sha256(content).hexdigest()}")
         if link and isinstance(image, Path):
@@ -139,24 +135,6 @@ def write_files(files: Files, folder: Path, link: bool) -> str:
         else:
             (folder / name).write_bytes(content)
     return hash_of_lines(lines)
-
-
-def hash_of_files(files: Files) -> str:
-    """The split hash that `write_files` would return."""
-    return hash_of_lines(
-        f"{name} {hashlib.sha256(file_content(image)).hexdigest()}"
-        for name, image in tqdm(files.items(), "comparing", unit="image", disable=None, leave=False)
-    )
-
-
-def file_content(image: Path | np.ndarray) -> bytes:
-    """A file as it is; pixels as PNG."""
-    if isinstance(image, Path):
-        return image.read_bytes()
-    png = BytesIO()
-    # Stored, not compressed: the bytes, and with them the split hash, do not depend on the version of zlib.
-    Image.fromarray(image).save(png, "PNG", compress_level=0)
-    return png.getvalue()
 
 
 def hard_link(image: Path, target: Path) -> None:
@@ -168,7 +146,8 @@ def hard_link(image: Path, target: Path) -> None:
 
 def holds_exactly(folder: Path, files: Files) -> bool:
     """Whether the images in the splits of ``folder`` are, byte for byte, those of ``files`` and of ``split.json``."""
-    if listed(folder) != set(files):
+    found = [path for classes in images_by_class(folder).values() for paths in classes.values() for path in paths]
+    if {str(path.relative_to(folder)) for path in found} != set(files):
         return False
     return recorded_hash(folder) == hash_of_files(files) == hash_of_files({name: folder / name for name in files})
 
@@ -198,16 +177,6 @@ def refuse_to_lose(folder: Path) -> None:
 
 def recorded_hash(folder: Path) -> str | None:
     return read_json(folder / "split.json", default={}).get("hash")
-
-
-def listed(folder: Path) -> set[str]:
-    return {
-        f"{split}/{name}/{path.name}"
-        for split in SPLITS
-        if (folder / split).is_dir()
-        for name in class_folders(folder / split)
-        for path in image_files(folder / split / name)
-    }
 
 
 def refuse_foreign_output(output: Path, sources: list[Path | None]) -> None:

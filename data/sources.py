@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.class_folders import Source, left_out, read_class_folders, refuse_unknown_classes
 from data.folders import IMAGE_SUFFIXES, read_about
 from data.mini_imagenet import read_mini_imagenet
 from data.pickles import load_arrays
 from data.preparation import WRITTEN
+from data.source_folders import Source, left_out, read_class_folders, refuse_unknown_classes
 from engine.console import warn
 from engine.errors import Refused
 
@@ -42,21 +42,14 @@ def read_folder(root: Path) -> Source:
     return Source(splits, about, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
 
 
-def read_cifar10(root: Path) -> Source:
-    return read_cifar(root, 10, "batches.meta", [f"data_batch_{k}" for k in range(1, 6)], "test_batch", "label")
-
-
-def read_cifar100(root: Path) -> Source:
-    return read_cifar(root, 100, "meta", ["train"], "test", "fine_label")
-
-
-def read_cifar(root: Path, num_classes: int, meta: str, train: list[str], test: str, label: str) -> Source:
+def read_cifar(root: Path, num_classes: int) -> Source:
     """The official batches for Python, or class folders of the same images."""
+    meta, train, test, label = OFFICIAL_CIFAR[num_classes]
     if (root / meta).is_file():
-        names = class_names(root / meta, f"{label}_names".encode(), num_classes)
+        names = cifar_class_names(root / meta, f"{label}_names".encode(), num_classes)
         keys = f"{label}s".encode()
-        splits = {"train": read_batches([root / name for name in train], keys, names)}
-        splits["test"] = read_batches([root / test], keys, names)
+        splits = {"train": read_cifar_batches([root / name for name in train], keys, names)}
+        splits["test"] = read_cifar_batches([root / test], keys, names)
     else:
         splits = read_class_folders(root)
         refuse_unknown_classes(splits, root)
@@ -68,7 +61,7 @@ def read_cifar(root: Path, num_classes: int, meta: str, train: list[str], test: 
     return Source(splits, about, {"imb_type": "exp", "imb_factor": 100})
 
 
-def class_names(path: Path, key: bytes, num_classes: int) -> list[str]:
+def cifar_class_names(path: Path, key: bytes, num_classes: int) -> list[str]:
     meta = load_arrays(path)
     names = meta.get(key) if isinstance(meta, dict) else None
     if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, bytes) for name in names):
@@ -76,10 +69,10 @@ def class_names(path: Path, key: bytes, num_classes: int) -> list[str]:
     return [name.decode() for name in names]
 
 
-def read_batches(paths: list[Path], key: bytes, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
+def read_cifar_batches(paths: list[Path], key: bytes, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     classes = {name: {} for name in names}
     for path in paths:
-        pixels, labels, files = read_batch(path, key, len(names))
+        pixels, labels, files = read_cifar_batch(path, key, len(names))
         for image, label, file in zip(pixels, labels, files, strict=True):
             images = classes[names[label]]
             stem = Path(file.decode()).stem
@@ -87,7 +80,7 @@ def read_batches(paths: list[Path], key: bytes, names: list[str]) -> dict[str, d
     return classes
 
 
-def read_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, list[int], list[bytes]]:
+def read_cifar_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarray, list[int], list[bytes]]:
     """Pixels [N, 32, 32, 3], labels and file names of one batch file: a dictionary with byte keys."""
     if not path.is_file():
         raise Refused(f"{path} is missing; unpack the whole archive, or give the archive itself with --source")
@@ -109,11 +102,15 @@ class Kind(NamedTuple):
     folder: str | None  # below data/; None: named like the source
 
 
+OFFICIAL_CIFAR = {  # by the number of classes: files of the archive for Python, and what their labels are called
+    10: ("batches.meta", [f"data_batch_{k}" for k in range(1, 6)], "test_batch", "label"),
+    100: ("meta", ["train"], "test", "fine_label"),
+}
 CIFAR_KINDS = ("cifar10", "cifar100")
 SOURCES = {
     "digits": Kind(lambda root, ilsvrc: read_digits(), "digits"),
-    "cifar10": Kind(lambda root, ilsvrc: read_cifar10(root), "CIFAR10"),
-    "cifar100": Kind(lambda root, ilsvrc: read_cifar100(root), "CIFAR100"),
+    "cifar10": Kind(lambda root, ilsvrc: read_cifar(root, 10), "CIFAR10"),
+    "cifar100": Kind(lambda root, ilsvrc: read_cifar(root, 100), "CIFAR100"),
     "mini-imagenet": Kind(read_mini_imagenet, "mini-ImageNet"),
     "folder": Kind(lambda root, ilsvrc: read_folder(root), None),
 }

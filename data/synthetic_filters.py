@@ -1,52 +1,22 @@
 """Which synthetic images are kept, and why the others are not."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data.audit import Inspected, inspect_all
 from data.duplicates import near_duplicates
-from data.folders import ImageFolders, Split
+from data.folders import ImageFolders
 from data.images import read_image
-from data.loaders import EvaluationLoader
-from engine.errors import Refused
-from engine.evaluate import chosen_logits, default_head, predict
-from engine.record import read_record
-from engine.weights import default_weights, pixels_of, read_weights, trained_model
 
 BLACK = 16  # grey levels of 255 that no pixel of a black image reaches; a safety checker paints 0
 FLAT = 4.0  # grey levels; the standard deviation of every channel of a flat image is below
 
 
-class Agreement:
-    """What a trained run says of an image: the classes it finds likelier than the image's own must be fewer than
-    ``first``."""
-
-    def __init__(self, run: Path, first: int, classes: list[str], device: torch.device, workers: int):
-        self.record = read_record(run)
-        if self.record["classes"] != classes:
-            raise Refused(f"--filter_model {run} was trained on other classes than those of --data_dir")
-        tensors = read_weights(run, default_weights(run)).tensors
-        self.class_means = tensors["class_means"].numpy() if "class_means" in tensors else None
-        self.model = trained_model(run, self.record, tensors).to(device)
-        self.pixels, self.classes = pixels_of(self.record), classes
-        self.name, self.first, self.device, self.workers = run.name, first, device, workers
-
-    def objections(self, paths: list[Path], targets: list[int]) -> list[str | None]:
-        """For every image None, or what the run takes it for."""
-        loader = EvaluationLoader(Split(paths, targets), self.pixels, 64, self.device, self.workers)
-        flags = self.record["flags"]
-        predictions = predict(self.model, loader, None, "agreement")
-        logits = chosen_logits(predictions, default_head(flags), self.class_means, flags["norm_scale"])
-        own = logits[np.arange(len(targets)), targets]
-        likelier = (logits > own[:, None]).sum(axis=1)
-        return [
-            None if number < self.first else f"wrong class: {self.name} takes it for {self.classes[guess]}"
-            for number, guess in zip(likelier, logits.argmax(axis=1), strict=True)
-        ]
+Objections = Callable[[list[Path], list[int]], list[str | None]]  # what a trained run says, see `Agreement`
 
 
 class Look(NamedTuple):
@@ -65,8 +35,8 @@ class Filters:
     wants.
     """
 
-    def __init__(self, folders: ImageFolders, folder: Path, agreement: Agreement | None, workers: int):
-        self.classes, self.folder, self.agreement, self.workers = folders.classes, folder, agreement, workers
+    def __init__(self, folders: ImageFolders, folder: Path, objections: Objections | None, workers: int):
+        self.classes, self.folder, self.objections, self.workers = folders.classes, folder, objections, workers
         self.real = folders.names()
         self.inspected_real: list[Inspected] | None = None
         self.looks: dict[str, Look] = {}  # by file; each is looked at once
@@ -107,11 +77,10 @@ class Filters:
         inspected = inspect_all(paths, self.workers)
         readable = [index for index, image in enumerate(inspected) if not image.error]
         objections = {}
-        if self.agreement is not None and readable:
+        if self.objections is not None and readable:
             targets = [self.classes.index(rows[index]["class"]) for index in readable]
-            objections = dict(
-                zip(readable, self.agreement.objections([paths[index] for index in readable], targets), strict=True)
-            )
+            said = self.objections([paths[index] for index in readable], targets)
+            objections = dict(zip(readable, said, strict=True))
         for index, row in enumerate(rows):
             fault = black_or_flat(paths[index]) if index in readable else None
             self.looks[row["file"]] = Look(inspected[index], fault, objections.get(index))

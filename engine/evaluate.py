@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.loaders import Batch
 from engine import distributed, metrics
+from engine.console import progress
 from losses import predicts_by_class_means
 from models.heads import MARGIN_HEADS
 
@@ -32,7 +32,7 @@ def predict(
     """Run the model in evaluation mode over ``batches``; every process gets the rows of all. ``text`` names the bar."""
     model.eval()
     features, logits, targets, indices = [], [], [], []
-    for batch in tqdm(batches, text, unit="batch", disable=None if distributed.is_main() else True, leave=False):
+    for batch in progress(batches, text, "batch"):
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = model(batch.images)
         if with_features:

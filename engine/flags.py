@@ -81,6 +81,14 @@ def plain_name(word: str) -> str:
     return word
 
 
+def add_device(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+
+
+def add_root_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="holds runs")
+
+
 def epoch_or_share(low: int) -> Callable:
     """A converter for an epoch of at least ``low`` ("160"), or, with a point, for a share of all epochs ("0.8")."""
 

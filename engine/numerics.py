@@ -25,7 +25,7 @@ def in_float32(forward: Callable) -> Callable:
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """``1 / |row|`` [B, 1] for rows [B, D]; 0 with gradient 0 for a zero row, which has no direction."""
+    """``1 / |row|`` over dimension 1, which is kept; 0 with gradient 0 for a zero row, which has no direction."""
     return _InverseNorm.apply(rows)
 
 

@@ -9,7 +9,7 @@ from data.loaders import CACHE_LIMIT
 from engine import metrics
 from engine.errors import Refused
 from engine.evaluate import PREDICT_WITH
-from engine.flags import Parser, add_switch, given_path, number_in, plain_name
+from engine.flags import Parser, add_device, add_root_model, add_switch, given_path, number_in, plain_name
 from engine.optim import add_optimizer_flags
 from engine.precision import AMP, CHANNELS_LAST
 from losses import CLASSIFICATION_LOSSES, add_loss_flags, uses_class_balanced_weights
@@ -32,9 +32,7 @@ def train_parser(description: str = "") -> Parser:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where run folders lie"
-    )
+    add_root_model(group)
     group.add_argument(
         "--root_log", type=given_path, default=Path("log"), metavar="DIR", help="where TensorBoard events lie"
     )
@@ -56,7 +54,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max_steps", type=number_in(1, kind=int), metavar="N", help="end after N updates: a smoke run")
     add_switch(group, "--sync_bn", False, "batch normalisation over all processes; GPUs only")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add_device(group)
     group.add_argument("--amp", choices=AMP, default="auto", help="precision of the backbone; auto: bf16 where native")
     group.add_argument(
         "--channels_last", choices=CHANNELS_LAST, default="auto", help="order of maps in memory; auto: on with half"
@@ -106,7 +104,7 @@ def evaluation_parser(description: str = "") -> Parser:
     add_answer_flags(parser)
     add_loading_flags(parser)
     group = parser.add_argument_group("computation")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add_device(group)
     group.add_argument("--amp", choices=AMP, default="off", help="precision of the backbone")
     return parser
 
@@ -115,9 +113,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     """Which run is asked about which images, and through what."""
     group = parser.add_argument_group("run and images")
     group.add_argument("--model_dir", default=ORIGINAL_RUN, metavar="RUN", help="a run's folder, or its name")
-    group.add_argument(
-        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found"
-    )
+    add_root_model(group)
     group.add_argument("--data_dir", type=given_path, metavar="DIR", help="default: the run's own")
     group.add_argument("--list_dir", type=given_path, metavar="DIR", help="image lists in place of folders")
     group.add_argument("--split", choices=SPLITS, default="test", help="which images")

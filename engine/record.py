@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from data.build import mirrors
-from data.folders import ImageFolders, split_hash, synthetic_hash
+from data.folders import ImageFolders
 from data.loaders import Pixels
+from data.split_hash import split_hash, synthetic_hash
 from engine import distributed, files
 from engine.errors import Refused
 from engine.flags import command_line, resolved_epoch

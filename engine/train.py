@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 from data.loaders import Batch
 from engine import distributed
+from engine.console import progress
 from engine.errors import Failed
 from engine.guard import NonFiniteGuard, Trouble
 from engine.state import TrainingState
@@ -36,8 +36,8 @@ def train_one_epoch(
     print_freq: int = 10,
     text: str = "training",
 ) -> None:
-    """Train on ``batches``, whose ``sizes`` in images are those of all batches of the epoch, of all processes, and add
-    what happened to ``state.sums``.
+    """Train on ``batches`` and add what happened to ``state.sums``. ``sizes`` are the images of each batch of the epoch
+    to train on, of all processes together.
 
     ``forward`` is the model, or the model wrapped for several processes. ``clip`` is called on unscaled gradients,
     ``save`` after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
@@ -46,9 +46,7 @@ def train_one_epoch(
     forward.train()
     num_steps = len(sizes)
     recent = deque(maxlen=guard.accumulate_steps + 1)  # steps with the images of their batch and the sums before it
-    bar = tqdm(
-        range(state.step, num_steps), text, unit="batch", disable=None if distributed.is_main() else True, leave=False
-    )
+    bar = progress(range(state.step, num_steps), text, "batch")
     for step, batch in zip(bar, batches, strict=False):
         recent.append((step, batch.indices, state.sums))
         first = step - step % guard.accumulate_steps
@@ -93,8 +91,7 @@ def renew_statistics(
     batches, as in training. What training leaves is of mixed images and generated rows, which no test meets.
     """
     backbone = nn.Sequential(*model.backbone.lower, *model.backbone.upper)  # the layers: the parts may be compiled
-    disable = None if distributed.is_main() else True
-    bar = tqdm(batches, "batch statistics", num_batches, unit="batch", disable=disable, leave=False)
+    bar = progress(batches, "batch statistics", "batch", num_batches)
     with torch.autocast(next(model.parameters()).device.type, amp_dtype, enabled=amp_dtype is not None):
         update_bn(bar, backbone)
     for buffer in backbone.buffers():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import nn
 
 from engine.errors import Refused
@@ -17,10 +16,9 @@ from models.heads import add_head_flags, build_heads
 from models.resnet_cifar import resnet_cifar
 from rsg import build_generator
 
+FROM_TORCHVISION = ("resnext50_32x4d", "resnet50", "resnet18")
 ARCHITECTURES = {
-    "resnext50_32x4d": lambda args: torchvision_resnet("resnext50_32x4d", args.stem, args.pretrained),
-    "resnet50": lambda args: torchvision_resnet("resnet50", args.stem, args.pretrained),
-    "resnet18": lambda args: torchvision_resnet("resnet18", args.stem, args.pretrained),
+    **dict.fromkeys(FROM_TORCHVISION, lambda args: torchvision_resnet(args.arch, args.stem, args.pretrained)),
     "resnet32": lambda args: resnet_cifar(32, 16),
     "resnet32_x4": lambda args: resnet_cifar(32, 64),
 }
@@ -57,7 +55,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_model_flags(args: argparse.Namespace) -> list[str]:
     """Warnings; `Refused` for starts that cannot be had."""
-    if args.pretrained and args.arch not in torchvision.models.list_models():
+    if args.pretrained and args.arch not in FROM_TORCHVISION:
         raise Refused(
             f"--pretrained: torchvision has no weights for {args.arch}; leave it out or choose another --arch"
         )
@@ -70,7 +68,7 @@ def check_model_flags(args: argparse.Namespace) -> list[str]:
             "--freeze_backbone keeps the first layers of --stem small as they are drawn; leave one of them out"
         )
     warnings = []
-    if args.stem != "imagenet" and args.arch not in torchvision.models.list_models():
+    if args.stem != "imagenet" and args.arch not in FROM_TORCHVISION:
         warnings.append(f"--stem {args.stem} changes nothing: {args.arch} has its own")
     if args.pretrained and args.stem == "small":
         warnings.append("--stem small replaces the first layers: their pretrained weights are not used")

@@ -37,7 +37,7 @@ class CosineHead(nn.Module):
     cosines are 0, and its gradient too, where the scale is a number.
     """
 
-    def __init__(self, in_features: int, num_classes: int, scale: float):
+    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, in_features)))  # unit rows: the start of LDAM
         self.scale = scale
@@ -83,9 +83,6 @@ class CosineHead(nn.Module):
 
 class NormedLinear(CosineHead):
     """Scaled cosines without a margin (Cao et al., LDAM, 2019, section 3.2, where the scale is implicit)."""
-
-    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0):
-        super().__init__(in_features, num_classes, scale)
 
 
 class ArcFaceHead(CosineHead):

@@ -13,7 +13,7 @@ Let nothing else run meanwhile.
 
 from engine import distributed, files
 from engine.errors import one_line_errors
-from engine.flags import Parser, add_switch, given_path, number_in
+from engine.flags import Parser, add_device, add_switch, given_path, number_in
 from engine.hardware import num_cores
 from engine.precision import AMP, CHANNELS_LAST
 from scripts.benchmarks.heads import head_rows
@@ -40,7 +40,7 @@ GROUPS = {
 def parse_args(argv: list[str] | None = None):
     parser = Parser("Ratios to bare PyTorch, torchvision and pytorch-metric-learning, measured side by side.")
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help="what")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add_device(parser)
     parser.add_argument("--json", type=given_path, metavar="FILE", help="write all repeats there")
     parser.add_argument("--repeats", type=number_in(1, kind=int), default=5, metavar="N", help="of everything")
     add_switch(parser, "--quick", False, "tiny sizes: a smoke test")

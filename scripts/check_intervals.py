@@ -7,8 +7,8 @@ Exit code 1 when an interval of a test with many images covers in less than 93 %
 """
 
 import numpy as np
-from tqdm import tqdm
 
+from engine.console import progress
 from engine.errors import Failed, one_line_errors
 from engine.flags import Parser, number_in
 from engine.metrics import bootstrap_intervals
@@ -29,7 +29,7 @@ def coverage(metric: str, recalls, images: int, simulations: int, resamples: int
     truth = np.mean(macro_f1(np.array(recalls)) if metric == "macro_f1" else recalls)
     random, num_classes, covered = np.random.default_rng(seed), len(recalls), 0
     targets = np.repeat(np.arange(num_classes), images)
-    for _ in tqdm(range(simulations), metric, unit="test", disable=None, leave=False):
+    for _ in progress(range(simulations), metric, "test"):
         wrong = (targets + random.integers(1, num_classes, len(targets))) % num_classes
         predicted = np.where(random.random(len(targets)) < np.repeat(recalls, images), targets, wrong)
         low, high = bootstrap_intervals(np.eye(num_classes)[predicted], targets, {}, resamples)[metric]

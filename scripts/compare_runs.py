@@ -29,7 +29,7 @@ from engine.compare_page import GENERATOR, NOTES, TITLES, figure_png, group_tabl
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import write_atomically
-from engine.flags import Parser, add_switch, given_path
+from engine.flags import Parser, add_root_model, add_switch, given_path
 from engine.record import read_record, sessions
 from engine.run import find_run
 
@@ -44,7 +44,7 @@ def parse_args(argv: list[str] | None = None):
     parser = Parser("Compare finished and tested runs; groups are runs that differ only in their seed.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, its name, or a folder of runs")
-    add("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names are found")
+    add_root_model(parser)
     add("--output", type=given_path, metavar="DIR", help="default: comparison/ in the folder that holds the runs")
     add_switch(parser, "--allow_different_splits", False, "also runs that saw other images; pairs where tested alike")
     return parser.parse_args(argv)
@@ -109,8 +109,7 @@ def remarks_on(runs: list[Run]) -> list[str]:
 
 def write_comparison(output: Path, groups: list[Group], pairs: list[Pair], remarks: list[str]) -> None:
     """Print the tables and write `FILES`, the page first: by it the others are known as ours."""
-    runs = [run for group in groups for run in group.runs]
-    title = f"Comparison of {len(runs)} runs on {Path(runs[0].record['flags']['data_dir']).name}"
+    title = f"Comparison of runs on {Path(groups[0].runs[0].record['flags']['data_dir']).name}"
     png = figure_png(groups)
     tables = [markdown(group_table(groups)), *([markdown(pair_table(pairs))] if pairs else [])]
     notes = NOTES if pairs else NOTES[:1]
@@ -121,8 +120,7 @@ def write_comparison(output: Path, groups: list[Group], pairs: list[Pair], remar
     for name, content in zip(FILES, contents, strict=True):
         binary = content if isinstance(content, bytes) else content.encode(errors="replace")
         write_atomically(output / name, lambda file, binary=binary: file.write(binary))
-    for remark in remarks:
-        warn(remark)
+    warn(*remarks)
     say("\n\n".join(tables))
     say(f"page, tables and figure in {output}")
 

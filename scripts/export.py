@@ -20,11 +20,10 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.loaders import EvaluationLoader
 from data.transforms import short_side
-from engine.console import say, warn
+from engine.console import progress, say, warn
 from engine.errors import Failed, one_line_errors
 from engine.files import write_atomically, write_json
 from engine.flags import Parser
@@ -86,7 +85,7 @@ def onnx_bytes(answer: Answer, size: int) -> bytes:
 def checked(content: bytes, predictor: Predictor, loader: EvaluationLoader) -> dict:
     """How far onnxruntime's logits are from PyTorch's on the loader's images; `Failed` when further than rounding."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    batches = tqdm(loader, "onnxruntime", unit="batch", disable=None, leave=False)
+    batches = progress(loader, "onnxruntime", "batch")
     logits = np.concatenate([session.run(["logits"], {"images": batch.images.numpy()})[0] for batch in batches])
     expected = predictor(loader, "PyTorch").logits
     difference = float(np.abs(logits - expected).max())

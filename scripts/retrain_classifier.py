@@ -12,18 +12,18 @@ Flags of imagenet_lt_train.py may follow: --run_name other, and for crt's traini
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
 import imagenet_lt_train
 from data.build import build_evaluation_loader
-from data.folders import read_image_folders, split_hash
+from data.folders import read_image_folders
+from data.split_hash import split_hash
 from engine import distributed, files
 from engine.console import say
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
-from engine.flags import Parser, given_path, number_in
+from engine.flags import Parser, add_root_model, number_in
 from engine.options import train_parser
 from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
 from engine.record import code_commit, plain_flags, read_record
@@ -55,13 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this script, and in ``training`` those of the new run's training."""
     parser = Parser("Give a trained run another classifier; flags of imagenet_lt_train.py may follow.")
     parser.add_argument("--model_dir", required=True, metavar="RUN", help="a run's folder, or its name")
-    parser.add_argument(
-        "--root_model",
-        type=given_path,
-        default=Path("checkpoint"),
-        metavar="DIR",
-        help="where names are found, and the new run",
-    )
+    add_root_model(parser)
     parser.add_argument("--method", choices=("crt", "tau"), default="crt", help="train anew, or rescale")
     parser.add_argument("--parent_weights", choices=("best", "last"), help="default: best, or last without one")
     parser.add_argument(

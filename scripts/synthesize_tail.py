@@ -25,11 +25,12 @@ from data.folders import ImageFolders, read_image_folders
 from data.generation import fill, seconds_an_image
 from data.pixel_sources import own_size
 from data.synthesis import Job, Manifest, Plan, Recipe, locked_manifest, prompt_names, wanted_images
-from data.synthetic_filters import Agreement, Filters
+from data.synthetic_filters import Filters
 from engine import distributed
+from engine.agreement import Agreement
 from engine.console import say
 from engine.errors import Refused, one_line_errors
-from engine.flags import Parser, add_switch, given_path, number_in
+from engine.flags import Parser, add_device, add_root_model, add_switch, given_path, number_in
 from engine.run import find_run
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -69,14 +70,12 @@ def parse_args(argv: list[str] | None = None):
     add("--saved_size", type=count, metavar="PX", help="default: the training images', if squares of one size up to 96")
     add("--seed", type=number_in(0, 2**31, kind=int), default=0, help="of all images")
     add("--batch_size", type=count, default=4, metavar="B", help="images drawn together")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; float16 on cuda")
+    add_device(group)
     group = parser.add_argument_group("what is kept")
     add = group.add_argument
     add("--filter_model", metavar="RUN", help="a trained run that must find an image's class")
     add("--filter_top_k", type=count, default=1, metavar="K", help="among its first K")
-    add(
-        "--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="where names of runs are found"
-    )
+    add_root_model(group)
     add("-j", "--workers", type=count, default=os.cpu_count(), metavar="N", help="threads that read images")
     args = parser.parse_args(argv)
     if args.target not in ("median", "max"):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.folders import read_image_folders, split_hash, stamp
+from data.folders import read_image_folders
+from data.split_hash import split_hash, stamp
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.errors import Refused
 

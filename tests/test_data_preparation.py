@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.folders import is_as_stamped, read_image_folders, split_hash
+from data.folders import read_image_folders
 from data.images import read_image
 from data.preparation import refuse_names_of_paths
+from data.split_hash import is_as_stamped, split_hash
 from engine.errors import Refused
 from scripts.prepare_data import main, name_of, parse_args
 

@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 
 from data.duplicates import near_duplicates
 from data.folders import read_image_folders
-from data.synthetic_filters import Agreement, Filters
+from data.synthetic_filters import Filters
+from engine.agreement import Agreement
 from engine.errors import Refused
 from engine.weights import load_run
 from tests.test_synthesis import train

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from engine.console import progress
 from engine.hardware import cpu_name
 from engine.precision import has_native_bfloat16
 
@@ -67,7 +67,7 @@ def interleaved(candidates: dict[str, Callable[[], object]], bench: Bench) -> di
         candidate()
         calls[name] = math.ceil(LEAST_SECONDS / _seconds(candidate, 1, bench.device)) if not bench.quick else 1
     seconds = {name: [] for name in names}
-    for repeat in tqdm(range(bench.repeats), unit="repeat", disable=None, leave=False):
+    for repeat in progress(range(bench.repeats), "measuring", "repeat"):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(_seconds(candidates[name], calls[name], bench.device))

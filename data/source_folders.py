@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import SPLITS, class_folders, image_files, without_images
+from data.folders import LIKE_VAL, SPLITS, class_folders, image_files, without_images
 from engine.errors import Refused
 
-LIKE_SPLITS = {*SPLITS, "valid", "validation", "training", "testing"}
+LIKE_SPLITS = {*SPLITS, *LIKE_VAL, "training", "testing"}
 Classes = dict[str, dict[str, Path | np.ndarray]]  # class -> name of the file -> image file or uint8 pixels
 
 
