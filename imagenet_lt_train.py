@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     distributed.together(lambda: check_data(args, folders))
     warn(*check_class_weights(args, folders.class_counts))
     run = distributed.together(lambda: RunFolder(args))
-    saved = read_state(run.path, quiet=True) if run.record else None
+    saved = distributed.together(lambda: read_state(run.path, quiet=True) if run.record else None)
     found = (saved["epoch"], saved["step"]) if saved else run.record is not None
     if len(set(distributed.from_all(found))) > 1:
         raise Refused(f"the processes do not find the same state in {run.path}; all machines must share its disk")

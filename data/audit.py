@@ -57,7 +57,7 @@ def inspect(path: Path) -> Inspected:
 
 def inspect_all(paths: list[Path], workers: int) -> list[Inspected]:
     with ThreadPoolExecutor(workers) as pool:  # decoding and hashing leave the interpreter lock
-        return list(progress(pool.map(inspect, paths), "reading", len(paths), "image"))
+        return list(progress(pool.map(inspect, paths), "reading", "image", total=len(paths)))
 
 
 def unreadable_findings(root: Path, inspected: list[Inspected], came_broken: bool) -> list[Finding]:

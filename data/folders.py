@@ -14,7 +14,7 @@ from engine.files import read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
-LIKE_VAL = ("valid", "validation", "dev")  # what others call it
+LIKE_VAL = ("valid", "validation", "dev")  # what others call val
 
 
 class Split(NamedTuple):

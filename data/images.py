@@ -79,7 +79,7 @@ def faults(paths: list[Path], look: Callable[[int, Path], object], workers: int,
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = pool.map(fault, range(len(paths)), paths)
-        return list(progress(results, text, len(paths), "image"))
+        return list(progress(results, text, "image", total=len(paths)))
 
 
 def first_twenty(sentences: list[str], others: str) -> str:

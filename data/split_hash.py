@@ -37,11 +37,11 @@ def tested_hash(folders: ImageFolders, split: str) -> str:
     return hash_of_files({name: path for name, path in names.items() if name.startswith(f"{split}/")})
 
 
-def hash_of_files(files: Files, text: str = "hashing") -> str:
-    """SHA-256 of the sorted lines ``name sha256(content)``; ``text`` names the bar."""
+def hash_of_files(files: Files) -> str:
+    """SHA-256 of the sorted lines ``name sha256(content)``."""
     return hash_of_lines(
         f"{name} {hashlib.sha256(file_content(image)).hexdigest()}"
-        for name, image in progress(files.items(), text, "image")
+        for name, image in progress(files.items(), "hashing", "image")
     )
 
 

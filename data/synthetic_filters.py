@@ -12,11 +12,9 @@ from data.duplicates import near_duplicates
 from data.folders import ImageFolders
 from data.images import read_image
 
+Objections = Callable[[list[Path], list[int]], list[str | None]]  # what a trained run says, see engine/agreement.py
 BLACK = 16  # grey levels of 255 that no pixel of a black image reaches; a safety checker paints 0
 FLAT = 4.0  # grey levels; the standard deviation of every channel of a flat image is below
-
-
-Objections = Callable[[list[Path], list[int]], list[str | None]]  # what a trained run says, see `Agreement`
 
 
 class Look(NamedTuple):

@@ -9,6 +9,7 @@ from data.folders import Split
 from engine.errors import Refused
 from engine.options import evaluation_parser
 from engine.predictor import Predictor
+from engine.record import read_record
 
 
 class Agreement:
@@ -16,10 +17,10 @@ class Agreement:
     ``first``."""
 
     def __init__(self, run: Path, first: int, classes: list[str], device: torch.device, workers: int):
+        if read_record(run)["classes"] != classes:
+            raise Refused(f"--filter_model {run} was trained on other classes than those of --data_dir")
         args = evaluation_parser().parse_args(["--workers", str(workers)])
         self.predictor, self.classes, self.first = Predictor(args, run, device), classes, first
-        if self.predictor.record["classes"] != classes:
-            raise Refused(f"--filter_model {run} was trained on other classes than those of --data_dir")
 
     def __call__(self, paths: list[Path], targets: list[int]) -> list[str | None]:
         """For every image None, or what the run takes it for."""

@@ -21,9 +21,9 @@ def _is_heard() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def progress(items: Iterable, text: str, unit: str, total: int | None = None) -> tqdm:
+def progress(items: Iterable, text: str, unit: str, *, total: int | None = None) -> tqdm:
     """``items`` with a bar, where this is a terminal."""
-    return tqdm(items, text, total, unit=unit, leave=False, disable=None if _is_heard() else True)
+    return tqdm(items, text, total=total, unit=unit, leave=False, disable=None if _is_heard() else True)
 
 
 def say(text: str) -> None:

@@ -60,7 +60,7 @@ def switch(word: str) -> bool:
     return SWITCH_WORDS[word.lower()]
 
 
-def add_switch(group: argparse._ArgumentGroup, flag: str, default: bool | None, help: str) -> None:
+def add_switch(group: argparse._ActionsContainer, flag: str, default: bool | None, help: str) -> None:
     """``--flag``, ``--flag True``, ``--flag false``, ``--flag 0``."""
     group.add_argument(flag, type=switch, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
@@ -81,11 +81,12 @@ def plain_name(word: str) -> str:
     return word
 
 
-def add_device(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+def add_device(group: argparse._ActionsContainer, more: str = "") -> None:
+    choices = ("auto", "cpu", "cuda", "mps")
+    group.add_argument("--device", choices=choices, default="auto", help=f"where to compute{more}")
 
 
-def add_root_model(group: argparse._ArgumentGroup) -> None:
+def add_root_model(group: argparse._ActionsContainer) -> None:
     group.add_argument("--root_model", type=given_path, default=Path("checkpoint"), metavar="DIR", help="holds runs")
 
 

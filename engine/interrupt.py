@@ -7,7 +7,8 @@ from engine.console import say
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the run can save at the end of a step. A second one kills at once."""
+    """Remembers SIGTERM or SIGINT, so that the run can save at the end of a step. From then on SIGINT kills at once;
+    SIGTERM does not, for it comes twice: from Slurm, and from torchrun or a sweep that has got it, too."""
 
     def __enter__(self) -> "StopSignal":
         self.received = 0
@@ -15,13 +16,13 @@ class StopSignal:
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
+        if not self.received:  # else the process ends as it was told, whatever comes after
+            for number, handler in self.former.items():
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame) -> None:
-        self.received = number
-        for each in self.former:
-            signal.signal(each, signal.SIG_DFL)
+        self.received = self.received or number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def requested(self, update: int, check_every: int, device: torch.device) -> int:
         """The signal that any process has received, or 0. Several processes ask each other every ``check_every``

@@ -91,7 +91,7 @@ def renew_statistics(
     batches, as in training. What training leaves is of mixed images and generated rows, which no test meets.
     """
     backbone = nn.Sequential(*model.backbone.lower, *model.backbone.upper)  # the layers: the parts may be compiled
-    bar = progress(batches, "batch statistics", "batch", num_batches)
+    bar = progress(batches, "batch statistics", "batch", total=num_batches)
     with torch.autocast(next(model.parameters()).device.type, amp_dtype, enabled=amp_dtype is not None):
         update_bn(bar, backbone)
     for buffer in backbone.buffers():

@@ -3,8 +3,8 @@ from torch import Tensor
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` that nothing waits for. Only CUDA keeps a source that is freed before it is read: with
-    MPS the copy may be of what came after it (pytorch#189690), so that it is waited for there."""
+    """A copy on ``device``. CUDA keeps a source that is freed until it is copied, so nothing waits. MPS does not
+    (pytorch#189690): that copy is waited for."""
     return value.to(device, non_blocking=device.type == "cuda")
 
 

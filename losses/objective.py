@@ -91,8 +91,9 @@ class Objective(nn.Module):
         # also without generated rows in this process: the backward pass meets those of the others
         loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real, row_weights=row_weights)
         maps = output.auxiliary["maps"]
-        scale = 2.0**12  # a power of two changes no digit; without it float16 has no small gradients
+        scale = 2.0**8  # float16 would round small gradients to 0; a power of two costs no digit
         (gradient,) = torch.autograd.grad(scale * loss, maps, retain_graph=True)
+        gradient = gradient.nan_to_num(0, 0, 0)  # what overflows is not taken away; the loss keeps its value
         # its gradient is the one to take away, its value is not; float32, or a loss scale of 65536 is inf in float16
         through_generator = (maps[num_real:].float() * gradient[num_real:].float() / scale).sum()
         return loss - through_generator + through_generator.detach()

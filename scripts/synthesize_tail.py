@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None):
     add("--saved_size", type=count, metavar="PX", help="default: the training images', if squares of one size up to 96")
     add("--seed", type=number_in(0, 2**31, kind=int), default=0, help="of all images")
     add("--batch_size", type=count, default=4, metavar="B", help="images drawn together")
-    add_device(group)
+    add_device(group, "; float16 on cuda")
     group = parser.add_argument_group("what is kept")
     add = group.add_argument
     add("--filter_model", metavar="RUN", help="a trained run that must find an image's class")

@@ -278,6 +278,7 @@ def test_splits_of_ones_own_are_kept_and_missing_ones_carved(tmp_path):
     ("folders", "message"),
     [
         (["train/a", "train/b", "validation/a"], "validation"),
+        (["train/a", "train/b", "dev/a"], "dev"),
         (["train/a", "train/b", "test/c"], "classes that train/ lacks: c"),
         ([], "no class folders"),
         (["train/a", "val/a"], "there is one class, a;"),

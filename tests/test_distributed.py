@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
+import imagenet_lt_test
 import imagenet_lt_train
 from data.build import build_pixels, read_data
 from data.loaders import Batch
@@ -274,3 +275,24 @@ def test_processes_that_find_different_states_refuse_to_go_on(tmp_path, tiny_dat
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "do not find the same state" in line
+
+
+def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(tmp_path, tiny_dataset):
+    flags = ["--root_model", str(tmp_path), "--device", "cpu"]
+    train = ["--data_dir", str(tiny_dataset), "--root_log", str(tmp_path / "log"), "--run_name", "run", "--seed", "0"]
+    train += ["--arch", "resnet32", "--epochs", "1", "--max_steps", "1"]
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, *train]))
+    folder = tiny_dataset / "test" / "rare"
+    for name in ("a.png", "test_1.png"):
+        (folder / name).write_bytes(b"no image")
+    asked = [*flags, "--model_dir", "run", "--images", str(folder)]
+    with pytest.raises(SystemExit, match="1"):
+        imagenet_lt_test.main(imagenet_lt_test.parse_args(asked))
+    table = tmp_path / "run" / "predict" / "rare.csv"
+    alone = table.read_text()
+    table.unlink()
+    assert torchrun(2, "imagenet_lt_test.py", *asked).returncode == 1
+    assert [line.split(",")[:2] for line in table.read_text().splitlines()] == [
+        line.split(",")[:2] for line in alone.splitlines()
+    ]
+    assert alone.count("\n") == 5

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 import imagenet_lt_train
 from engine.errors import Refused, one_line_errors
 from engine.state import read_state
+from scripts import audit_data
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM_FILES = ["--img_size", "72", "--cache_limit", "0", "--workers", "1", "--epochs", "1000"]
@@ -81,6 +83,28 @@ def test_a_refusal_is_said_once_on_every_machine(local_rank, lines, monkeypatch,
 def test_memory_that_is_not_there_is_one_line(capsys, allocate):
     line = failure(capsys, lambda: one_line_errors(allocate)(2**58))
     assert line.startswith("error: out of memory")
+
+
+def test_processes_that_cannot_talk_are_one_line(capsys):
+    def gather() -> None:
+        raise torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1\nremote process exited")
+
+    line = failure(capsys, lambda: one_line_errors(gather)())
+    assert line.startswith("error: another process of the launch ended")
+    assert line.endswith("(remote process exited)")
+
+
+def test_on_a_terminal_there_are_bars(tmp_path, tiny_dataset, capsys, monkeypatch):
+    """Of images that are read, decoded and hashed, of batches, and of statistics; elsewhere there are none."""
+    steps = ("--epochs", "1", "--max_steps", "1", "--precise_bn", "--overwrite")
+    train(tmp_path, tiny_dataset, *steps)
+    assert "%|" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    audit_data.main(audit_data.parse_args([str(tiny_dataset)]))
+    train(tmp_path, tiny_dataset, *steps)
+    found = set(re.findall(r"(\w[\w ]*):\s+\d+%\|", capsys.readouterr().err))
+    assert found >= {"reading", "decoding", "hashing", "epoch 0", "batch statistics", "validation"}
 
 
 def test_a_file_deleted_during_training_is_named(tmp_path, tiny_dataset, capsys):

@@ -128,6 +128,9 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, sign
     while not (log.exists() and log.read_text().count("\n")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal_number)
+    if signal_number == signal.SIGTERM:  # as Slurm and torchrun both do
+        time.sleep(0.01)
+        process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal_number
     assert f"stopped by {signal_number.name}" in output

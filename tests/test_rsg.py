@@ -511,6 +511,16 @@ def test_generated_keys_give_the_generator_next_to_no_gradient_in_half_precision
     assert other.norm() < 1e-5 * trained.norm()
 
 
+def test_generated_keys_whose_gradient_overflows_leave_the_loss_as_it_is():
+    words = ("--supcon_generated", "keys", "--supcon_temperature", "0.002")
+    model, objective = tiny_model(), objective_of(*SUPCON_ALONE, *words)
+    nn.init.normal_(model.backbone.upper[0].weight, std=1e-4)  # batch normalisation multiplies what comes back
+    with torch.autocast("cpu", torch.float16):
+        output = model(*batch())
+    expected = objective.supcon(output.features, output.targets, num_anchors=9)
+    torch.testing.assert_close(objective.supcon_loss(output, 9), expected)
+
+
 def test_with_all_generated_rows_supcon_trains_the_generator():
     assert supcon_gradients("all")[0]["generator.transform.weight"].any()
 

@@ -25,7 +25,7 @@ from engine.precision import autocast_dtype, build_scaler, has_native_bfloat16, 
 from engine.state import TrainingState
 from engine.train import peak_memory_bytes, train_one_epoch
 from losses import build_objective
-from models import ARCHITECTURES, build_model
+from models import ARCHITECTURES, FROM_TORCHVISION, build_model
 from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients, wait_for
 
 NO_RSG = "--add_rsg False"
@@ -127,7 +127,7 @@ class BareSteps:
 
 def bare_network(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """torchvision's own, or for networks that it lacks ours in one piece."""
-    if args.arch in torchvision.models.list_models():
+    if args.arch in FROM_TORCHVISION:
         return torchvision.models.get_model(args.arch, num_classes=num_classes)
     backbone = ARCHITECTURES[args.arch](args)
     return nn.Sequential(*backbone.lower, *backbone.upper, nn.Linear(backbone.num_features, num_classes))
