@@ -55,10 +55,13 @@ class WorkerPool:
 
     def read(self, batches: Iterable[list]) -> Iterator[Tensor]:
         self.batches.batches = batches
-        for images in self.loader:
-            if isinstance(images, str):
-                raise Failed(images)
-            yield images
+        try:
+            for images in self.loader:
+                if isinstance(images, str):
+                    raise Failed(images)
+                yield images
+        except ConnectionError as error:  # as it was killed, before the loader knew of it
+            raise Failed(f"a data worker died: {error}. If memory ran out, try fewer --workers") from None
 
 
 class FixedViews(Dataset):
