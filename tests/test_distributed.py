@@ -248,16 +248,13 @@ def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image
         assert (9 * row["val_balanced_accuracy"]) == pytest.approx(round(9 * row["val_balanced_accuracy"]), abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("folder", "batch_size", "words"), [("nowhere", "4", "does not exist"), ("tiny", "5", "divide by their number")]
-)
-def test_a_refusal_under_torchrun_is_one_line(tmp_path, tiny_dataset, folder, batch_size, words):
-    flags = ["--data_dir", str(tmp_path / folder), "--batch_size", batch_size, "--root_model", str(tmp_path)]
+def test_a_refusal_under_torchrun_is_one_line(tmp_path, tiny_dataset):
+    flags = ["--data_dir", str(tiny_dataset), "--batch_size", "5", "--root_model", str(tmp_path)]
     result = torchrun(2, "imagenet_lt_train.py", *flags, "--root_log", str(tmp_path / "log"), "--device", "cpu")
     assert result.returncode == 1  # the launcher's; it prints a report of its own behind our line
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert words in lines[0]
+    assert "divide by their number" in lines[0]
 
 
 def test_processes_that_find_different_states_refuse_to_go_on(tmp_path, tiny_dataset):
