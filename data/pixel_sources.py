@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class WorkerPool:
                 if isinstance(images, str):
                     raise Failed(images)
                 yield images
-        except ConnectionError as error:  # as it was killed, before the loader knew of it
+        except ConnectionError as error:  # as it was killed while it handed images over
+            time.sleep(5)  # the loader's own word of it is raised here, and would else come out anywhere later
             raise Failed(f"a data worker died: {error}. If memory ran out, try fewer --workers") from None
 
 

@@ -1,6 +1,7 @@
 """From files to batches: augmentation, sampling and loaders, against slow loops, Pillow and torchvision."""
 
 import math
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ from data.build import build_pixels, build_training_loader, read_data
 from data.folders import Split
 from data.images import read_image
 from data.loaders import Batch, EvaluationLoader, Pixels, TrainingLoader
-from data.pixel_sources import DecodedImages, decode_all, decoded_bytes, own_size
+from data.pixel_sources import DecodedImages, FixedViews, WorkerPool, decode_all, decoded_bytes, own_size
 from data.samplers import SAMPLERS, batch_bounds, epoch_draws, epoch_order, policy_draws
 from data.transforms import (
     BRIGHTNESS,
@@ -486,6 +487,22 @@ def failure(batches) -> str:
         message = str(error)
     assert "\n" not in message
     return message
+
+
+def test_a_connection_that_breaks_waits_for_word_of_the_workers_death(tmp_path):
+    """Which otherwise comes out wherever the process is by then."""
+    pool = WorkerPool(FixedViews(write_split(tmp_path, 9, 72).paths, 72), 1, CPU)
+    assert len(list(pool.read([[0], [1]]))) == 2
+    loader = pool.loader
+
+    def broken():
+        threading.Timer(0.5, loader._iterator._workers[0].kill).start()
+        raise ConnectionResetError
+        yield
+
+    pool.loader = broken()
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        list(pool.read([[2]]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
