@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import imagenet_lt_train
+from data.pixel_sources import _end_workers
 from engine.errors import Refused, one_line_errors
 from engine.state import read_state
 from scripts import audit_data
@@ -48,10 +50,16 @@ def when(condition, action) -> threading.Thread:
 
 
 def failure(capsys, call) -> str:
-    """The one line on stderr of a call that exits with 1."""
+    """The one line on stderr of a call that exits with 1. Workers that its exception keeps alive are ended as at exit:
+    collected as garbage, they would take ten seconds each, in some later test."""
     with pytest.raises(SystemExit) as error:
         call()
     assert error.value.code == 1
+    handler = signal.getsignal(signal.SIGCHLD)
+    _end_workers()
+    for worker in multiprocessing.active_children():
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1, lines
     return lines[0]
