@@ -17,7 +17,7 @@ from engine.files import read_json
 from engine.flags import command_line
 from engine.options import check_evaluation_flags, evaluation_parser
 from engine.predictor import Predictor
-from engine.record import synthetic_use
+from engine.record import check_finished, synthetic_use
 from engine.run import find_run
 from engine.unlabelled import predict_images
 from rsg.generator import head_classes
@@ -35,6 +35,7 @@ def main(args: argparse.Namespace) -> dict:
     """Test, print the table, write the files, and return the content of metrics.json; or predict ``--images``."""
     device = distributed.start(args.device)
     predictor = Predictor(args, find_run(args.model_dir, args.root_model), device)
+    warn(*check_finished(predictor.run, predictor.record))
     result = predict_images(predictor, args.images) if args.images else evaluate(args, predictor)
     distributed.stop()
     return result
@@ -60,6 +61,8 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     result["ece_groups"] = metrics.calibration_by_group(logits, targets, groups)
     images = np.bincount(targets, minlength=len(counts))
     tested = images > 0
+    if args.logit_adjust is not None:
+        result["logit_adjust"] = args.logit_adjust
     if predictor.test_prior is not None:
         result["test_prior"] = args.test_prior
         result["top1_under_prior"] = metrics.accuracy_under_prior(logits, targets, predictor.test_prior)

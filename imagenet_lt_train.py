@@ -94,7 +94,6 @@ def main(args: argparse.Namespace) -> None:
         whole = args.freeze_backbone
         for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
             say(f"{args.weights}: {mismatch}")
-        warn(*distributed.together(lambda: check_start(args, pixels)))
     del saved  # is read again with the lock held; until then the model needs the memory
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -109,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
         model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         goes_on = take_up(run, state, record)
+        warn(*([] if goes_on else check_start(args, record)))
         say(describe(args, folders, record))
         say(f"{'goes on' if goes_on else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:

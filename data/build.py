@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.augment import AUGMENTATIONS, POLICIES
-from data.folders import LIKE_VAL, ImageFolders, Split, read_image_folders
+from data.folders import LIKE_VAL, ImageFolders, Split, check_names, class_folders, lists_in_use, read_image_folders
 from data.loaders import CACHE_LIMIT, EvaluationLoader, Pixels, TrainingLoader
 from data.pixel_sources import own_size
 from data.samplers import SAMPLERS
@@ -127,13 +127,27 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
     """`Refused` for a wrong ``--cls_num``; warnings about classes that cannot be validated or tested."""
     if args.cls_num is not None and args.cls_num != len(folders.classes):
         raise Refused(f"--cls_num is {args.cls_num}, but {folders.root / 'train'} holds {len(folders.classes)} classes")
+    if len(set(folders.class_counts)) == 1:
+        warn(
+            f"every class has {folders.class_counts[0]} training images: head, tail and weights of rarity mean nothing"
+        )
+    lists = lists_in_use(folders.root, args.list_dir)
+    if lists is None:
+        inner = [
+            folders.root / split / name for split in folders.splits for name in class_folders(folders.root / split)
+        ]
+        names = (path.name for folder in inner for path in folder.iterdir() if not path.is_dir())
+        warn(*check_names(names, f"in the class folders of {folders.root}"))
+    elif args.list_dir is None:
+        warn(f"{lists / 'train.txt'} and its like say which images there are, whatever else lies in {folders.root}")
     for split in ("val", "test"):
         if split in folders.splits and (names := folders.untested(split)):
             warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
     if "val" not in folders.splits:
         other = next((name for name in LIKE_VAL if (folders.root / name).is_dir()), None)
         hint = f"; {folders.root / other} is not used, its name would have to be val" if other else ""
-        warn(f"{folders.root} has no val/ images: nothing is selected, the last epoch is the model{hint}")
+        where = f"{folders.root} has no val/ images" if lists is None else f"{lists} has no val.txt"
+        warn(f"{where}: nothing is selected, the last epoch is the model{hint}")
 
 
 def mirrors(args: argparse.Namespace, folders: ImageFolders) -> bool:

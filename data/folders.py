@@ -91,8 +91,8 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
             f"data folder {root} does not exist; prepare one with `python scripts/prepare_data.py digits`, "
             f"or give yours with --data_dir (it holds train/<class>/<image>)"
         )
-    if list_dir is not None or (root / "train.txt").is_file():
-        return read_listed_images(root, list_dir or root)
+    if (lists := lists_in_use(root, list_dir)) is not None:
+        return read_listed_images(root, lists)
     train = root / "train"
     if not train.is_dir():
         raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
@@ -112,6 +112,11 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     return ImageFolders(root, classes, splits, read_about(root))
 
 
+def lists_in_use(root: Path, list_dir: Path | None) -> Path | None:
+    """Where the image lists lie that are used instead of the class folders in ``root``; None where those are."""
+    return root if list_dir is None and (root / "train.txt").is_file() else list_dir
+
+
 def without_images(folders: list[Path]) -> Refused:
     """What to say of class folders that hold no image themselves."""
     for folder in folders:
@@ -123,10 +128,10 @@ def without_images(folders: list[Path]) -> Refused:
 
 def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: list[str]) -> ImageFolders:
     """What there is below ``root`` in ``classes``, which a run knows; `Refused` without images in ``split``."""
-    if list_dir is not None or (root / "train.txt").is_file():
+    if (lists := lists_in_use(root, list_dir)) is not None:
         folders = read_image_folders(root, list_dir)
         if folders.classes != classes or split not in folders.splits:
-            raise Refused(f"the lists in {list_dir or root} have no {split} images in the classes of the run")
+            raise Refused(f"the lists in {lists} have no {split} images in the classes of the run")
         return folders
     if not (root / split).is_dir():
         raise Refused(f"{root / split} does not exist; give the data set with --data_dir, or another --split")
@@ -181,6 +186,16 @@ def image_files(directory: Path) -> list[Path]:
             if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
             if entry.is_file() or not Path(entry).exists()
         )
+
+
+def check_names(names: Iterable[str], where: str) -> list[str]:
+    """A warning about files that are not read, as their ``names`` are not those of images; hidden ones may be."""
+    suffixes = Counter(Path(name).suffix.lower() or "without" for name in names if not name.startswith("."))
+    others = {suffix: number for suffix, number in suffixes.most_common() if suffix not in IMAGE_SUFFIXES}
+    if not others:
+        return []
+    shown = ", ".join(f"{number} {suffix}" for suffix, number in others.items())
+    return [f"files {where} that end otherwise than in {', '.join(sorted(IMAGE_SUFFIXES))} are not read: {shown}"]
 
 
 def read_about(root: Path) -> dict:

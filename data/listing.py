@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folders import image_names, images_by_class, read_image_folders
+from data.folders import image_names, images_by_class, lists_in_use, read_image_folders
 from data.preparation import WRITTEN
 from data.split_hash import STAMP
 from engine.errors import Refused
@@ -45,7 +45,7 @@ class Listing:
 
 def listing(root: Path, list_dir: Path | None = None) -> Listing:
     """The images of every split and class, empty classes and classes of one split included."""
-    if list_dir is not None or (root / "train.txt").is_file():
+    if lists_in_use(root, list_dir) is not None:
         folders = read_image_folders(root, list_dir)
         splits = {split: {name: [] for name in folders.classes} for split in folders.splits}
         for split, (paths, targets) in folders.splits.items():

@@ -1,6 +1,5 @@
 """Runs side by side: groups that differ only in their seed, means over seeds, and paired tests on the same images."""
 
-import argparse
 import csv
 import json
 import warnings
@@ -13,12 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binomtest, ttest_ind
 
-from data.samplers import batch_bounds
 from engine.errors import Refused
 from engine.files import read_json
 from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
-from engine.optim import steps_in_epoch
-from engine.record import default_flags, read_log, read_record, training_images
+from engine.record import default_flags, is_finished, read_log, read_record
 from engine.run import MAY_CHANGE
 
 ACCURACIES = ("balanced_accuracy", "top1", "many", "medium", "few")
@@ -64,9 +61,7 @@ def what_is_missing(folder: Path) -> str | None:
     record, rows = read_record(folder), read_log(folder)
     if "tau" in record:
         return "a rescaled classifier, without a training to compare"
-    flags = argparse.Namespace(**record["flags"])
-    num_batches = len(batch_bounds(training_images(record), flags.batch_size, 2 * record.get("processes", 1)))
-    if not rows or steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches):
+    if not is_finished(record, rows):
         return "unfinished"
     tested = read_json(folder / "test" / "metrics.json", default={})
     return None if tested.get("last", {}).get("epoch") == rows[-1]["epoch"] else "untested"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.errors import Refused
@@ -188,4 +188,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """The exponential moving average of the model over its updates, running statistics included."""
-    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    if decay is None:
+        return None
+    floating = get_ema_multi_avg_fn(decay)
+
+    def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        if averaged[0].is_floating_point():
+            floating(averaged, current, updates)
+        else:  # counts, of which a mean would be cut to a whole number
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

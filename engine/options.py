@@ -123,6 +123,17 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         choices=PREDICT_WITH,
         help="head, mean of heads, or nearest class mean; default: the trained one",
     )
+    group.add_argument(
+        "--test_prior",
+        metavar="PRIOR",
+        help="predict for classes as frequent as this: uniform, train, or a file of `class value` lines or JSON",
+    )
+    group.add_argument(
+        "--logit_adjust",
+        type=number_in(0),
+        metavar="TAU",
+        help="predict with z - TAU log(training prior), for balanced accuracy; --post_hoc finds TAU",
+    )
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,11 +141,6 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answer")
     group.add_argument(
         "--images", type=given_path, metavar="DIR", help="predict these images, which have no labels, and test nothing"
-    )
-    group.add_argument(
-        "--test_prior",
-        metavar="PRIOR",
-        help="predict for classes as frequent as this: uniform, train, or a file of `class value` lines or JSON",
     )
     group.add_argument(
         "--shot_thresholds",
@@ -163,10 +169,13 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
     if many < few - 1:
         raise Refused(f"--shot_thresholds {many} {few}: a class could be both many and few; MANY is the larger one")
     if args.images and (args.post_hoc or args.plot_features):
-        raise Refused("--images have no labels: --post_hoc and --plot_features need some; leave them out")
+        raise Refused(
+            "--images have no labels: --post_hoc and --plot_features need some; leave them out (--logit_adjust TAU "
+            "predicts as --post_hoc has found)"
+        )
     if args.images and (args.split != "test" or args.shot_thresholds != [metrics.MANY, metrics.FEW]):
         raise Refused("--images are of no split and have no labels; leave out --split and --shot_thresholds")
     if args.post_hoc and args.split == "val":
         raise Refused("--post_hoc is fitted on val/; judge it on another --split")
-    if args.post_hoc and args.test_prior:
-        raise Refused("--post_hoc and --test_prior both correct for the class prior; give one")
+    if args.post_hoc and (args.test_prior or args.logit_adjust):
+        raise Refused("--post_hoc, --test_prior and --logit_adjust correct for the class prior; give one")

@@ -12,7 +12,7 @@ from data.folders import Split
 from engine import distributed, metrics
 from engine.files import write_json
 from engine.predictor import Predictor
-from engine.priors import training_prior
+from engine.priors import logit_adjusted, training_prior
 from models.heads import Linear
 
 TAUS = np.arange(41) / 20  # 0, 0.05 ... 2
@@ -23,12 +23,6 @@ SHOWN = ("top1", "balanced_accuracy", "many", "medium", "few", "nll", "ece")
 class Labelled(NamedTuple):
     logits: np.ndarray  # [N, C], margin-free
     targets: np.ndarray  # [N]
-
-
-def logit_adjusted(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndarray:
-    """``z_j - tau log pi_j`` with the training prior pi [C] (Menon et al., Long-tail learning via logit adjustment,
-    2021, eq. 9). With tau 1 and a model that has learned the posterior, the decision of highest balanced accuracy."""
-    return logits - tau * np.log(prior)
 
 
 def tau_normalised(logits: np.ndarray, norms: np.ndarray, bias: np.ndarray, tau: float) -> np.ndarray:
@@ -138,10 +132,14 @@ def table(rows: dict[str, dict], val: Labelled) -> str:
     )
     if missing := int((images == 0).sum()):
         lines.append(f"{missing} of {len(images)} classes have no val image: they have no say in tau and T")
-    if not TEMPERATURES[0] * 1.01 < rows["temperature"]["temperature"] < TEMPERATURES[1] / 1.01:
+    if (val.logits.argmax(axis=1) == val.targets).all():
+        lines.append("val has no mistake: the smaller T, the better, and the one above is none to use")
+    elif not TEMPERATURES[0] * 1.01 < rows["temperature"]["temperature"] < TEMPERATURES[1] / 1.01:
         lines.append("T is at the end of its range: val has too few images, or too few mistakes, to fit it")
     for name in [name for name, row in rows.items() if row.get("tau") == TAUS[-1]]:
         lines.append(f"tau of the {name.replace('_', ' ')} is at the end of its range")
+    tau = rows["logit_adjustment"]["tau"]
+    lines.append(f"--logit_adjust {tau:.4g} predicts with that tau, also for --images and in scripts/export.py")
     if "tau_normalisation" in rows:
         lines.append("tau-normalised logits have another scale: their NLL and ECE do not compare")
     else:

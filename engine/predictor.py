@@ -15,7 +15,7 @@ from engine.console import warn
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, class_means, default_head, predict
 from engine.precision import autocast_dtype
-from engine.priors import model_prior, read_prior, reweighted
+from engine.priors import logit_adjusted, model_prior, read_prior, reweighted, training_prior
 from engine.record import read_record, real_class_counts
 from engine.weights import default_weights, pixels_of, read_weights, trained_model
 from models.heads import margin_heads_on
@@ -47,24 +47,31 @@ class Predictor:
                 f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
             )
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
-        self.test_prior = self.model_prior = None
+        made = self.record.get("synthetic_counts")
+        self.test_prior = self.shift = None  # of the logits [C]
+        if args.test_prior is not None and args.logit_adjust is not None:
+            raise Refused("--test_prior and --logit_adjust both correct for the class prior; give one")
+        if args.logit_adjust is not None:
+            self.shift = logit_adjusted(np.zeros(len(classes)), training_prior(flags, counts, made), args.logit_adjust)
         if args.test_prior is not None:
             if "tau" in self.record:
                 raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
             self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
-            self.model_prior = model_prior(flags, counts, self.head, self.epoch, self.record.get("synthetic_counts"))
+            prior = model_prior(flags, counts, self.head, self.epoch, made)
+            self.shift = reweighted(np.zeros(len(classes)), prior, self.test_prior)
         self.model = trained_model(run, self.record, tensors).to(device)
         self.class_means = None
         if self.head == "ncm":
             self.class_means = tensors["class_means"].numpy() if "class_means" in tensors else self._class_means()
 
     def __call__(self, loader: EvaluationLoader, text: str) -> Answers:
-        """Logits of the loader's images, under ``--test_prior`` if there is one. ``text`` names the bar."""
+        """Logits of the loader's images, corrected for ``--test_prior`` or by ``--logit_adjust`` if one is given.
+        ``text`` names the bar."""
         with_features = self.head == "ncm" or self.args.plot_features
         predictions = predict(self.model, loader, self.amp_dtype, text, with_features)
         logits = chosen_logits(predictions, self.head, self.class_means, self.record["flags"]["norm_scale"])
-        if self.test_prior is not None:
-            logits = reweighted(logits, self.model_prior, self.test_prior)
+        if self.shift is not None:
+            logits = logits + self.shift
         return Answers(logits, predictions.features)
 
     def loader(self, split: Split) -> EvaluationLoader:
@@ -84,6 +91,8 @@ class Predictor:
         suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"
         suffix += "" if self.head == default_head(self.record["flags"]) else f"_{self.head}"
         suffix += "" if self.amp_dtype is None else f"_{str(self.amp_dtype).removeprefix('torch.')}"
+        if self.args.logit_adjust is not None:
+            suffix += f"_adjusted_{self.args.logit_adjust:g}"
         if self.test_prior is None:
             return suffix
         path = Path(self.args.test_prior)

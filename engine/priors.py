@@ -19,6 +19,12 @@ def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarr
     return logits + np.log(test_prior) - np.log(model_prior)
 
 
+def logit_adjusted(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndarray:
+    """``z_j - tau log pi_j`` with the training prior pi [C] (Menon et al., Long-tail learning via logit adjustment,
+    2021, eq. 9). With tau 1 and a model that has learned the posterior, the decision of highest balanced accuracy."""
+    return logits - tau * np.log(prior)
+
+
 def model_prior(
     flags: dict, class_counts: list[int], head: str, epoch: int, synthetic_counts: list[int] | None = None
 ) -> np.ndarray:

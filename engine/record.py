@@ -18,11 +18,13 @@ import torch
 from data.build import mirrors
 from data.folders import ImageFolders
 from data.loaders import Pixels
+from data.samplers import batch_bounds
 from data.split_hash import split_hash, synthetic_hash
 from engine import distributed, files
 from engine.errors import Refused
 from engine.flags import command_line, resolved_epoch
 from engine.hardware import hardware
+from engine.optim import steps_in_epoch
 from engine.options import train_parser
 from losses import build_objective
 from models import LongTailClassifier
@@ -98,14 +100,22 @@ def parent_run(args: argparse.Namespace) -> str | None:
     return str(args.weights.parent) if is_of_run else None
 
 
-def check_start(args: argparse.Namespace, pixels: Pixels) -> list[str]:
-    """A warning when the weights that a run starts from have learned on otherwise normalised images."""
+def check_start(args: argparse.Namespace, record: dict) -> list[str]:
+    """Warnings when the weights that a run starts from have learned on otherwise normalised images, or on others of the
+    same classes."""
     if (parent := parent_run(args)) is None:
         return []
-    told, here = files.read_json(Path(parent) / "args.json"), {"mean": [*pixels.mean], "std": [*pixels.std]}
-    if all(told.get(name, value) == value for name, value in here.items()):
-        return []
-    return [f"--weights {args.weights} learned on images normalised with other means and deviations; see --normalize"]
+    told, warnings = files.read_json(Path(parent) / "args.json"), []
+    if any(told.get(name, [*record[name]]) != [*record[name]] for name in ("mean", "std")):
+        warnings.append(
+            f"--weights {args.weights} learned on images normalised with other means and deviations; see --normalize"
+        )
+    if told.get("classes") == record["classes"] and told.get("split_hash") != record["split_hash"]:
+        warnings.append(
+            f"--weights {args.weights} learned on other images of these classes than "
+            f"{record['flags']['data_dir']} has in train/: it may have seen some of those in val/ and test/"
+        )
+    return warnings
 
 
 def read_record(folder: Path) -> dict:
@@ -187,6 +197,22 @@ def real_class_counts(record: dict) -> list[int]:
 def training_images(record: dict) -> int:
     """All that an epoch goes through, real and synthetic."""
     return sum(real_class_counts(record)) + sum(record.get("synthetic_counts", []))
+
+
+def is_finished(record: dict, rows: list[dict]) -> bool:
+    """Whether the run with these ``rows`` of its log has nothing left to train."""
+    flags = argparse.Namespace(**record["flags"])
+    num_batches = len(batch_bounds(training_images(record), flags.batch_size, 2 * record.get("processes", 1)))
+    return bool(rows) and not steps_in_epoch(flags, rows[-1]["epoch"] + 1, num_batches)
+
+
+def check_finished(folder: Path, record: dict) -> list[str]:
+    """A warning that the run in ``folder`` has epochs left."""
+    rows = read_log(folder)
+    if "tau" in record or is_finished(record, rows):
+        return []
+    done = rows[-1]["epoch"] + 1 if rows else 0
+    return [f"{folder} is not finished: {done} of {record['flags']['epochs']} epochs are done; --resume goes on"]
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -102,6 +102,8 @@ def table(result: dict) -> str:
     if "synthetic" in result:
         images, share, weight = result["synthetic"].values()
         lines.append(f"trained with {images} synthetic images, {share:.1%} of all, of weight {weight:g}")
+    if "logit_adjust" in result:
+        lines.append(f"predicted with logits less {result['logit_adjust']:g} times the log of the training prior")
     if "test_prior" in result:
         lines.append(f"predicted for the class prior {result['test_prior']}: {100 * result['top1_under_prior']:.2f} % ")
         tested = result["prior_tested"]

@@ -7,10 +7,10 @@ import numpy as np
 from scipy.special import softmax
 
 from data.build import workers_in_use
-from data.folders import Split, image_files
+from data.folders import Split, check_names, image_files
 from data.images import faults, first_twenty, read_image
 from engine import distributed
-from engine.console import say
+from engine.console import say, warn
 from engine.errors import Refused
 from engine.files import read_json, write_json
 from engine.predictor import Predictor
@@ -61,14 +61,16 @@ def images_below(directory: Path) -> list[Path]:
     links are followed, each folder once. `Refused` when there is none."""
     if not directory.is_dir():
         raise Refused(f"--images {directory} is no folder")
-    paths, seen = [], set()
-    for folder, inner, _ in os.walk(directory, followlinks=True):
+    paths, names, seen = [], [], set()
+    for folder, inner, files in os.walk(directory, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
             inner.clear()
             continue
         seen.add(real)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         paths += image_files(Path(folder))
+        names += files
+    warn(*check_names(names, f"in {directory}"))
     if not paths:
         raise Refused(f"--images {directory} holds no image; .jpg, .png and the like are read, in inner folders too")
     return sorted(paths)

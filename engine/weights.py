@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from data.loaders import Pixels
 from engine import files
+from engine.console import warn
 from engine.errors import Refused
+from engine.evaluate import default_head
 from engine.record import read_record
 from models import LongTailClassifier, build_model
 
@@ -61,6 +63,8 @@ def load_run(folder: Path | str, weights: str | None = None) -> tuple[LongTailCl
     folder = Path(folder)
     record = read_record(folder)
     tensors = read_weights(folder, weights or default_weights(folder)).tensors
+    if default_head(record["flags"]) == "ncm":
+        warn(f"no loss trained the classifier of {folder}: only features are of use, and imagenet_lt_test.py --images")
     return trained_model(folder, record, tensors), pixels_of(record), record["classes"]
 
 

@@ -29,6 +29,7 @@ from engine.files import write_atomically, write_json
 from engine.flags import Parser
 from engine.options import add_loading_flags, add_question_flags
 from engine.predictor import Predictor
+from engine.record import check_finished
 from engine.run import find_run
 
 TOLERANCE = 1e-3  # of a logit, absolute and relative: both sides compute in float32 on the CPU
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("Write a run's model as ONNX, checked by onnxruntime on the images of --split.")
     add_question_flags(parser)
     add_loading_flags(parser)
-    parser.set_defaults(amp="off", test_prior=None, plot_features=False)  # for the predictor
+    parser.set_defaults(amp="off", plot_features=False)  # for the predictor
     return parser.parse_args(argv)
 
 
@@ -50,11 +51,16 @@ class Answer(nn.Module):
         super().__init__()
         self.model, self.head = predictor.model, predictor.head
         self.scale = predictor.record["flags"]["norm_scale"]
+        shift = np.zeros(1) if predictor.shift is None else predictor.shift
+        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float32), persistent=False)
         if self.head == "ncm":
             means = torch.as_tensor(predictor.class_means, dtype=torch.float32)
             self.register_buffer("class_directions", F.normalize(means), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images) + self.shift
+
+    def logits(self, images: Tensor) -> Tensor:
         output = self.model(images)
         if self.head == "ncm":
             return self.scale * F.linear(F.normalize(output.features), self.class_directions)
@@ -106,6 +112,8 @@ def description(predictor: Predictor) -> dict:
         **{key: record[key] for key in ("img_size", "mean", "std", "classes", "readable_names", "split_hash")},
         **{key: getattr(predictor, key) for key in ("weights", "epoch")},
         "predict_with": predictor.head,
+        "test_prior": predictor.args.test_prior,
+        "logit_adjust": predictor.args.logit_adjust,
         "weights_hash": predictor.weights_hash,
     }
 
@@ -120,6 +128,7 @@ def images_are_gone(args: argparse.Namespace, flags: dict) -> bool:
 def main(args: argparse.Namespace) -> dict:
     """Write model.onnx and model.json into ``RUN/export/``; returns what model.json holds."""
     predictor = Predictor(args, find_run(args.model_dir, args.root_model), torch.device("cpu"))
+    warn(*check_finished(predictor.run, predictor.record))
     about = description(predictor)
     content = onnx_bytes(Answer(predictor), about["img_size"])
     if images_are_gone(args, predictor.record["flags"]):

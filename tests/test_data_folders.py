@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data.build import check_data, read_data
 from data.folders import read_image_folders
 from data.split_hash import split_hash, stamp
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.errors import Refused
+from engine.options import train_parser
 
 
 def write_images(root: Path, names: dict[str, int]) -> Path:
@@ -135,6 +137,25 @@ def test_lists_in_the_data_folder_are_used_instead_of_folders(tmp_path):
     assert folders.class_counts == [1, 2]
     assert [path.relative_to(root).as_posix() for path in folders.splits["test"].paths] == ["flat/0.png", "flat/1.png"]
     assert "val" not in folders.splits
+
+
+def test_what_is_not_used_is_said_before_the_training(tmp_path, capsys):
+    def said() -> str:
+        args = train_parser().parse_args(["--data_dir", str(root)])
+        check_data(args, read_data(args))
+        return capsys.readouterr().err
+
+    root = write_images(tmp_path, {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
+    assert said() == ""
+    for path in ("train/a/1.heic", "test/b/2.HEIC", "train/b/Thumbs.db", "train/b/.hidden", "notes.txt"):
+        (root / path).write_text("not read")
+    assert "are not read: 2 .heic, 1 .db" in said()
+    (root / "train/a/2.png").unlink()
+    assert "every class has 2 training images" in said()
+    write_lists(root, train="train/a/0.png 0\ntrain/b/0.png 1\n")
+    text = said()
+    assert f"{root / 'train.txt'} and its like say which images there are" in text
+    assert f"{root} has no val.txt" in text
 
 
 def test_lists_may_lie_elsewhere_under_their_published_names(tmp_path):

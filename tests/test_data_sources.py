@@ -283,6 +283,7 @@ def test_splits_of_ones_own_are_kept_and_missing_ones_carved(tmp_path):
         ([], "no class folders"),
         (["train/a", "val/a"], "there is one class, a;"),
         (["test/a", "val/a"], "has test/ but no train/ folder"),
+        (["train", "car", "plane"], "car holds images beside train/"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path, capsys, folders, message):

@@ -62,6 +62,19 @@ def test_the_model_gives_the_logits_of_the_test_script(run, head, suffix):
     assert about["classes"] == ["blue", "green", "red"]
 
 
+def test_a_correction_for_the_prior_is_in_the_model(run, tmp_path):
+    (tmp_path / "odds.txt").write_text("blue 1\ngreen 2\nred 5\n")
+    about = exported(run, "--test_prior", str(tmp_path / "odds.txt"))
+    assert about["checked"]["same_prediction"] == 9
+    (folder,) = run.glob("export_prior_odds-*")
+    paths = sorted((run.parent / "data" / "test").glob("*/*.png"))
+    inputs = np.stack([input_of(path, about) for path in paths])
+    (logits,) = onnxruntime.InferenceSession(folder / "model.onnx").run(["logits"], {"images": inputs})
+    with np.load(run / "test" / "logits.npz") as plain:
+        shift = logits - plain["logits"]  # all classes had as many images and weights
+    np.testing.assert_allclose(shift - shift[:, :1], np.tile(np.log([1, 2, 5]), (9, 1)), atol=1e-3)
+
+
 def test_without_images_the_model_is_written_unchecked_and_nothing_of_the_generator_or_of_this_machine_is_in_it(
     run, capsys
 ):

@@ -219,6 +219,16 @@ def test_the_average_is_the_exponential_mean_of_weights_and_running_statistics()
     assert build_average(model, None) is None
 
 
+def test_the_average_takes_counts_as_they_are():
+    """0.999 of an int64 is cut to 0 until the 1,000th update."""
+    model = nn.BatchNorm1d(3)
+    averaged = build_average(model, 0.999)
+    for _ in range(4):
+        model(torch.randn(5, 3))
+        averaged.update_parameters(model)
+    assert averaged.module.num_batches_tracked == model.num_batches_tracked == 4
+
+
 def test_an_average_that_keeps_much_of_the_first_weights_is_a_warning():
     args = flags("--epochs 30 --ema_decay 0.999 --accumulate_steps 2 --start_epoch 10")
     (warning,) = check_average(args, num_batches=9)

@@ -14,11 +14,10 @@ from engine.post_hoc import (
     best_tau,
     best_temperature,
     compare,
-    logit_adjusted,
     scores_by_tau,
     tau_normalised,
 )
-from engine.priors import reweighted
+from engine.priors import logit_adjusted, reweighted
 from models.heads import Linear, NormedLinear
 
 MEANS = np.array([[0.0, 0.0], [2.0, 0.5], [0.5, 2.0]])
@@ -178,6 +177,14 @@ def test_the_temperature_changes_no_decision(trained):
     rows = compare(val, test, COUNTS, {}, None, PRIOR)
     assert rows["temperature"]["top1"] == rows["plain"]["top1"]
     assert rows["temperature"]["nll"] < rows["plain"]["nll"]
+
+
+def test_a_flawless_val_has_no_best_temperature(trained):
+    """However small T is, a smaller one is better, until the loss is 0 in floating point."""
+    val = Labelled(20 * np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 2]))
+    text = post_hoc.table(compare(val, labelled(trained, COUNTS, 5), COUNTS, {}, None, PRIOR), val)
+    assert "val has no mistake" in text
+    assert "T is at the end" not in text
 
 
 # --- what is fitted, and on what

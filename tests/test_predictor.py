@@ -95,6 +95,10 @@ def test_the_comparison_holds_the_plain_metrics_and_three_corrections(run, teste
     assert list(content["rows"]) == ["plain", "temperature", "logit_adjustment", "tau_normalisation"]
     assert content["val_images"] == 6
     assert content["weights_hash"] == tested["weights_hash"]
+    found = content["rows"]["logit_adjustment"]
+    again = ask(run, "--logit_adjust", found["tau"])
+    assert again["nll"] == pytest.approx(found["nll"])
+    assert again["logit_adjust"] == found["tau"]
     for key in ("top1", "nll", "ece"):
         assert content["rows"]["plain"][key] == tested[key]
     temperature = content["rows"]["temperature"]["temperature"]
@@ -178,12 +182,20 @@ def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run,
     assert result["top1_under_prior"] == pytest.approx(result["balanced_accuracy"], abs=1e-12)
 
 
-def test_a_prior_is_that_of_the_epoch_of_the_weights(run, tested, tmp_path):
+def test_an_adjustment_subtracts_the_log_of_the_training_prior(run, tested, capsys):
+    ask(run, "--logit_adjust", 0.7)
+    assert "0.7 times the log of the training prior" in capsys.readouterr().out
+    shift = logits_in(run / "test_adjusted_0.7") - logits_in(run / "test")
+    np.testing.assert_allclose(shift, np.tile(-0.7 * np.log([8 / 16, 5 / 16, 3 / 16]), (9, 1)), atol=1e-12)
+
+
+def test_a_prior_is_that_of_the_epoch_of_the_weights(run, tested, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")  # its weights are of epoch 0
     record = json.loads((copy / "args.json").read_text())
     record["flags"] |= {"epochs": 2, "drw_epoch": 1, "cross_entropy_weight_type": "icf"}  # weights in epoch 1 alone
     (copy / "args.json").write_text(json.dumps(record))
     ask(copy, "--test_prior", "uniform")
+    assert f"{copy} is not finished: 1 of 2 epochs are done" in capsys.readouterr().err
     shift = logits_in(copy / "test_prior_uniform") - logits_in(run / "test")
     expected = -np.log([8 / 16, 5 / 16, 3 / 16]) - np.log(3)
     np.testing.assert_allclose(shift, np.tile(expected, (9, 1)), atol=1e-12)
@@ -197,12 +209,15 @@ def test_unlabelled_images_get_three_classes_and_unreadable_ones_are_named(run, 
     for name, image in names.items():
         (folder / name).write_bytes((source / f"{image}.png").read_bytes())
     (folder / "broken.jpg").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("ignored")
+    for name in ("1.HEIC", "2.heic", "notes", ".hidden"):
+        (folder / name).write_text("not read")
     (folder / "inner" / "again").symlink_to(folder)  # never ends
     with pytest.raises(SystemExit) as error:
         ask(run, "--images", folder)
     assert error.value.code == 1
-    assert str(folder / "broken.jpg") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(folder / "broken.jpg") in said
+    assert "are not read: 2 .heic, 1 without" in said
     rows = {row["file"]: row for row in rows_of(run / "predict" / "photos.csv")}
     assert list(rows) == sorted([*names, "broken.jpg"])
     assert set(rows["broken.jpg"].values()) == {"broken.jpg", ""}
@@ -247,11 +262,13 @@ def test_priors_from_files_of_one_name_have_folders_of_their_own(run, tmp_path):
     [
         (["--images", "nowhere"], "nowhere is no folder"),
         (["--images", "{empty}"], "holds no image"),
-        (["--images", "{empty}", "--post_hoc"], "no labels"),
+        (["--images", "{empty}", "--post_hoc"], "--logit_adjust TAU predicts as --post_hoc has found"),
         (["--images", "{empty}", "--split", "val"], "no split"),
         (["--images", "{empty}", "--shot_thresholds", "5", "2"], "no split"),
         (["--post_hoc", "--split", "val"], "another --split"),
         (["--post_hoc", "--test_prior", "uniform"], "give one"),
+        (["--post_hoc", "--logit_adjust", "1"], "give one"),
+        (["--logit_adjust", "1", "--test_prior", "uniform"], "give one"),
         (["--test_prior", "nowhere.txt"], "nowhere.txt is no file"),
         (["--predict_with", "arc"], "no such head"),
     ],

@@ -215,9 +215,10 @@ def test_best_is_the_first_epoch_of_the_highest_balanced_accuracy(tmp_path, tiny
             assert file.metadata() == {"epoch": epoch}
 
 
-def test_without_a_classifier_the_nearest_class_mean_of_the_training_images_is_judged(tmp_path, tiny_dataset):
+def test_without_a_classifier_the_nearest_class_mean_of_the_training_images_is_judged(tmp_path, tiny_dataset, capsys):
     run = train(tmp_path, "run", "--epochs 1 --add_ldam_loss False --add_supcon_loss True")
     model, transform, classes = load_run(run, "last")
+    assert "no loss trained the classifier" in capsys.readouterr().err
 
     def features(split: str, name: str) -> torch.Tensor:
         paths = sorted((tiny_dataset / split / name).iterdir())
