@@ -28,6 +28,11 @@ def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding],
     findings = listing_findings(found)
     changed = record_findings(found.root, names, inspected)
     findings += unreadable_findings(found.root, inspected, came_broken=not changed) + changed
+    if dim := [name for name, image in zip(names, inspected, strict=True) if image.dim]:
+        text = (
+            f"{len(dim)} image(s) of 16 bits use less than an eighth of them and are read as nearly black; rescale them"
+        )
+        findings.append(Finding(NOTE, text, dim))
     findings += duplicate_findings(names, inspected)
     findings += near_duplicate_findings(names, inspected, near_limit)
     findings.sort(key=lambda finding: (ACT, NOTE, HINT).index(finding.level))
@@ -41,6 +46,7 @@ class Inspected(NamedTuple):
     thumbnail: np.ndarray | None = None  # grey, uint8 [32, 32]
     size: tuple[int, int] | None = None  # width, height as stored
     error: str | None = None
+    dim: bool = False  # of 16 bits that use less than an eighth of their range
 
 
 def inspect(path: Path) -> Inspected:
@@ -50,9 +56,10 @@ def inspect(path: Path) -> Inspected:
         grey = read_image(path, at_least=32).convert("L").resize((32, 32), Image.Resampling.BOX)
         with Image.open(path) as image:
             size = image.size
+            dim = image.mode.startswith("I;16") and np.asarray(image).max() < 2**13
     except (OSError, Refused) as error:
         return Inspected(digest, error=str(error))
-    return Inspected(digest, np.asarray(grey), size)
+    return Inspected(digest, np.asarray(grey), size, dim=bool(dim))
 
 
 def inspect_all(paths: list[Path], workers: int) -> list[Inspected]:

@@ -14,7 +14,7 @@ from scipy.stats import binomtest, ttest_ind
 
 from engine.errors import Refused
 from engine.files import read_json
-from engine.metrics import confusion_matrix, group_means, per_class, shot_groups
+from engine.metrics import confusion_matrix, group_means, per_class, shot_groups, spread_of_new_rows
 from engine.record import default_flags, is_finished, read_log, read_record
 from engine.run import MAY_CHANGE
 
@@ -180,7 +180,7 @@ def resampled_accuracies(
     correct: np.ndarray, targets: np.ndarray, class_groups: dict[str, np.ndarray], resamples: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Accuracies [resamples, G] of the columns of ``correct`` [N, G], all on the same images: drawn again within their
-    class, with replacement. A column is a classifier, or the mean of several."""
+    class, with replacement, see `spread_of_new_rows`. A column is a classifier, or the mean of several."""
     generator = np.random.default_rng(seed)
     labels, sizes = np.unique(targets, return_counts=True)
     shares = {"balanced_accuracy": np.ones(len(labels)), "top1": sizes}  # of each class's recall in the accuracy
@@ -188,7 +188,8 @@ def resampled_accuracies(
     accuracies = {name: np.zeros((resamples, correct.shape[1])) for name in shares}
     for index, (label, size) in enumerate(zip(labels, sizes, strict=True)):
         times = generator.multinomial(size, np.full(size, 1 / size), size=resamples)  # that each image is drawn
-        recall = times @ correct[targets == label] / size
+        own = correct[targets == label]
+        recall = spread_of_new_rows(times @ own / size, own.mean(axis=0), size)
         for name, share in shares.items():
             accuracies[name] += share[index] / share.sum() * recall
     return accuracies

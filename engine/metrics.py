@@ -133,6 +133,12 @@ def summary(
     }
 
 
+def spread_of_new_rows(drawn: np.ndarray, value: np.ndarray, size: np.ndarray | int) -> np.ndarray:
+    """Class means ``drawn`` again with replacement from ``size`` rows whose mean is ``value``, as far from it as means
+    of new rows would lie: sqrt(n / (n - 1)) times as far (Rao and Wu, 1988). One row alone shows no spread."""
+    return value + np.sqrt(size / np.maximum(np.asarray(size) - 1, 1)) * (drawn - value)
+
+
 def bootstrap_intervals(
     logits: np.ndarray,
     targets: np.ndarray,
@@ -140,23 +146,26 @@ def bootstrap_intervals(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals from rows resampled within their class: percentiles of metrics that are means; of macro F1, which
-    resampling lowers, percentiles of its difference from the value, turned round.
+    """95 % intervals from rows resampled within their class: percentiles of metrics that are means, see
+    `spread_of_new_rows`; of macro F1, which resampling lowers, percentiles of its difference from the value, turned
+    round.
 
-    Too narrow where classes have few images or hardly a mistake: of balanced accuracies of 3 classes of 20 images they
-    hold the truth in 94 % of tests at recalls of 0.7, in 91 % at 0.9 to 0.95, and a flawless test has no width at all
-    (scripts/check_intervals.py).
+    Too narrow where there is hardly a mistake: of balanced accuracies of 3 classes of 20 images they hold the truth in
+    95 % of tests at recalls of 0.7 and 0.95, in 70 % at 0.98, and a flawless test has no width at all. At recalls of
+    0.6 they hold it in 94 % with 60 classes of 2 images (scripts/check_intervals.py).
     """
     num_classes = logits.shape[1]
     by_class = np.argsort(targets, kind="stable")
     guesses, nll = logits.argmax(axis=1)[by_class], negative_log_likelihood(logits, targets)[by_class]
     actual = np.bincount(targets, minlength=num_classes)
     tested = np.flatnonzero(actual)
-    first = np.cumsum(actual)[tested] - actual[tested]  # row at which a class begins
-    size, start = actual[targets[by_class]], first.repeat(actual[tested])  # of the class of each row
+    images = actual[tested]
+    first = np.cumsum(images) - images  # row at which a class begins
+    size, start = actual[targets[by_class]], first.repeat(images)  # of the class of each row
+    measured = np.add.reduceat([guesses == targets[by_class], nll], first, axis=1) / images  # recall and NLL of classes
     generator = np.random.default_rng(seed)
     draws: dict[str, list[np.ndarray]] = {}
-    present = {name: group & (actual > 0) for name, group in groups.items() if actual[group].any()}
+    present = {name: group[tested] for name, group in groups.items() if actual[group].any()}
     block = max(1, 100_000 // max(len(targets), num_classes))  # resamples at a time, so that they fit into the cache
     for done in range(0, resamples, block):
         number = min(block, resamples - done)
@@ -166,20 +175,22 @@ def bootstrap_intervals(
         hits[:, tested] = np.add.reduceat(guessed == targets[by_class], first, axis=1, dtype=np.int64)
         cells = guessed + num_classes * np.arange(number)[:, None]
         predicted = np.bincount(cells.ravel(), minlength=number * num_classes).reshape(number, num_classes)
-        recall, _, f1 = _per_class(hits, actual, predicted)
+        f1 = _per_class(hits, actual, predicted)[2]
+        recall = spread_of_new_rows(hits[:, tested] / images, measured[0], images)
+        losses = spread_of_new_rows(np.add.reduceat(nll[rows], first, axis=1) / images, measured[1], images)
         values = {
-            "top1": hits.sum(axis=1) / len(targets),
-            "balanced_accuracy": recall[:, tested].mean(axis=1),
+            "top1": recall @ images / len(targets),
+            "balanced_accuracy": recall.mean(axis=1),
             "macro_f1": f1[:, tested].mean(axis=1),
             **{name: recall[:, group].mean(axis=1) for name, group in present.items()},
-            "nll": nll[rows].mean(axis=1),
+            "nll": losses @ images / len(targets),
         }
         for name, value in values.items():
             draws.setdefault(name, []).append(value)
     ends = {name: np.percentile(np.concatenate(values), [2.5, 97.5]) for name, values in draws.items()}
     f1 = np.nanmean(per_class(confusion_matrix(targets, logits.argmax(axis=1), num_classes))[2])
-    ends["macro_f1"] = np.clip(2 * f1 - ends["macro_f1"][::-1], 0, 1)
-    return {name: tuple(low_and_high.tolist()) for name, low_and_high in ends.items()}
+    ends["macro_f1"] = 2 * f1 - ends["macro_f1"][::-1]
+    return {name: tuple(np.clip(both, 0, None if name == "nll" else 1).tolist()) for name, both in ends.items()}
 
 
 def class_mean_logits(features: np.ndarray, class_means: np.ndarray, scale: float) -> np.ndarray:

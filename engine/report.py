@@ -30,7 +30,7 @@ REPORT_FILES = (
 )
 PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
 PERCENT += ("head", "tail", "ece")
-FEW_IMAGES = 10  # of a class in a test: the bootstrap sees next to no spread in fewer
+FEW_IMAGES = 10  # of a class in a test: among fewer there may be no mistake, and then no spread, by chance alone
 
 
 def write_report(
@@ -93,7 +93,7 @@ def table(result: dict) -> str:
             lines.append(f"{'  predicted as':18s} {groups}")
     lines.append("[ ]: 95 % bootstrap intervals, too narrow where recalls are near 0 or 1; nll in nats")
     if result["fewest_images"] < FEW_IMAGES:
-        lines.append(f"the intervals are too narrow: a class has only {result['fewest_images']} of these images")
+        lines.append(f"the intervals can be too narrow: a class has only {result['fewest_images']} of these images")
     if result["weights"] == "best":
         balanced = f"{100 * result['last']['balanced_accuracy']:.2f} %"
         lines.append(f"the last epoch, {result['last']['epoch']}: balanced_accuracy {balanced}")

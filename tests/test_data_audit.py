@@ -68,6 +68,14 @@ def test_a_prepared_folder_gives_no_finding_that_must_be_acted_on(tmp_path, monk
     assert report["groups"] == {"many": 1, "medium": 5, "few": 4}
 
 
+def test_images_of_12_bits_in_16_are_named(clean):
+    for name, highest in (("dim", 4095), ("bright", 65535)):
+        grey = np.random.default_rng(highest).integers(0, highest + 1, (40, 40)).astype(np.uint16)
+        Image.fromarray(grey).save(clean / "train" / "cat" / f"{name}.png")
+    (finding,) = [files for text, files in audit(clean)[1].items() if "nearly black" in text]
+    assert finding == ["train/cat/dim.png"]
+
+
 def test_signs_that_no_font_has_are_drawn(clean, recwarn):
     for split in ("train", "val", "test"):
         (clean / split / "dog").rename(clean / split / "\u72ac")

@@ -318,7 +318,20 @@ def test_intervals_agree_with_a_slow_bootstrap():
     assert ours == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.01)
 
 
-@pytest.mark.parametrize("case", ["top1, 1,000 images", "balanced accuracy, 10 classes of 100"])
+def test_the_spread_of_small_classes_is_that_of_new_rows():
+    """Of two rows one is right, in each class: the variance of such a class's mean is 1/2 over 2, where rows that are
+    drawn again have half of it."""
+    targets = np.arange(300).repeat(2)
+    logits = np.eye(300)[targets]
+    logits[1::2] = np.roll(logits[1::2], 1, axis=1)
+    low, high = bootstrap_intervals(logits, targets, {})["balanced_accuracy"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (1 / 4 / 300) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["top1, 1,000 images", "balanced accuracy, 10 classes of 100", "balanced accuracy, 60 classes of 5, 0.60"],
+)
 def test_intervals_cover_the_truth_about_95_times_in_100(case):
     """scripts/check_intervals.py does it with 1,000 simulations of 1,000 resamples."""
     metric, recalls, images, _ = check_intervals.CASES[case]

@@ -185,6 +185,7 @@ def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run,
 def test_an_adjustment_subtracts_the_log_of_the_training_prior(run, tested, capsys):
     ask(run, "--logit_adjust", 0.7)
     assert "0.7 times the log of the training prior" in capsys.readouterr().out
+    assert "its logits less 0.7 times" in (run / "test_adjusted_0.7" / "report.html").read_text()
     shift = logits_in(run / "test_adjusted_0.7") - logits_in(run / "test")
     np.testing.assert_allclose(shift, np.tile(-0.7 * np.log([8 / 16, 5 / 16, 3 / 16]), (9, 1)), atol=1e-12)
 

@@ -141,7 +141,7 @@ def test_the_table_says_which_weights_predict_by_what(head, words):
 def test_the_table_says_where_intervals_mean_little():
     assert table(RESULT | {"fewest_images": 10}) == table(RESULT)
     (line,) = set(table(RESULT | {"fewest_images": 9}).splitlines()) - set(table(RESULT).splitlines())
-    assert line == "the intervals are too narrow: a class has only 9 of these images"
+    assert line == "the intervals can be too narrow: a class has only 9 of these images"
 
 
 def test_the_table_says_that_weights_were_chosen_on_the_images():
