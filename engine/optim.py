@@ -61,17 +61,26 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_optimizer_flags(args: argparse.Namespace) -> list[str]:
-    """A warning about a warm-up without end; `Refused` when no epoch is left, or for settings of an optimiser that is
-    not in use."""
+    """Warnings about a warm-up without end and steps that coincide; `Refused` when no epoch is left, or for settings of
+    an optimiser that is not in use."""
     if args.nesterov and (args.optimizer != "sgd" or not args.momentum):
         raise Refused("--nesterov is a kind of SGD's momentum; it needs --optimizer sgd and a --momentum above 0")
     if args.start_epoch >= args.epochs:
         raise Refused(
             f"--start_epoch {args.start_epoch}: epochs count from 0, the last of {args.epochs} is {args.epochs - 1}"
         )
+    warnings = []
     if (warmup := resolved_epoch(args, "warmup_epochs")) > args.epochs:
-        return [f"--lr is never reached: its warm-up takes {warmup} epochs, and there are {args.epochs}"]
-    return []
+        warnings.append(f"--lr is never reached: its warm-up takes {warmup} epochs, and there are {args.epochs}")
+    steps = milestones(args)
+    if args.lr_schedule == "step" and len(set(steps)) < len(steps):
+        warnings.append(f"--lr_milestones of {args.epochs} epochs fall on epochs {steps}: some steps are taken at once")
+    return warnings
+
+
+def milestones(args: argparse.Namespace) -> list[int]:
+    """The epochs from which on the step schedule is a factor lower."""
+    return [round(fraction * args.epochs) for fraction in args.lr_milestones]
 
 
 def check_average(args: argparse.Namespace, num_batches: int) -> list[str]:
@@ -97,7 +106,7 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     if args.lr_schedule == "exponential":
         factor = args.lr_decay**epoch
     elif args.lr_schedule == "step":
-        factor = args.lr_factor ** sum(epoch >= round(fraction * args.epochs) for fraction in args.lr_milestones)
+        factor = args.lr_factor ** sum(epoch >= first for first in milestones(args))
     elif args.lr_schedule == "cosine":
         factor = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
     return args.lr * factor

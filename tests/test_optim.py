@@ -12,6 +12,7 @@ from engine.optim import (
     build_clip,
     build_optimizer,
     check_average,
+    check_optimizer_flags,
     learning_rate,
     map_positions,
     rates_in_force,
@@ -239,6 +240,13 @@ def test_an_average_that_keeps_much_of_the_first_weights_is_a_warning():
     assert check_average(flags("--ema_decay 0.9 --start_epoch 10"), num_batches=9) == []
     assert check_average(flags("--epochs 1 --ema_decay 0.9"), num_batches=1) == []  # all there is
     assert check_average(flags(""), num_batches=1) == []
+
+
+def test_steps_of_the_rate_that_coincide_are_a_warning():
+    (warning,) = check_optimizer_flags(flags("--lr_schedule step --epochs 5"))
+    assert "fall on epochs [4, 4]" in warning
+    assert check_optimizer_flags(flags("--lr_schedule step --epochs 8")) == []
+    assert check_optimizer_flags(flags("--epochs 5")) == []
 
 
 @pytest.mark.parametrize("words", ["--nesterov --momentum 0", "--nesterov --optimizer adamw"])
