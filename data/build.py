@@ -136,7 +136,7 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
         inner = [
             folders.root / split / name for split in folders.splits for name in class_folders(folders.root / split)
         ]
-        names = (path.name for folder in inner for path in folder.iterdir() if not path.is_dir())
+        names = (entry.name for folder in inner for entry in os.scandir(folder) if not entry.is_dir())
         warn(*check_names(names, f"in the class folders of {folders.root}"))
     elif args.list_dir is None:
         warn(f"{lists / 'train.txt'} and its like say which images there are, whatever else lies in {folders.root}")
