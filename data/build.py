@@ -124,7 +124,8 @@ def read_data(args: argparse.Namespace) -> ImageFolders:
 
 
 def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
-    """`Refused` for a wrong ``--cls_num``; warnings about classes that cannot be validated or tested."""
+    """`Refused` for a wrong ``--cls_num``; warnings about files that are not read, and about what cannot be validated or
+    tested, or has no long tail."""
     if args.cls_num is not None and args.cls_num != len(folders.classes):
         raise Refused(f"--cls_num is {args.cls_num}, but {folders.root / 'train'} holds {len(folders.classes)} classes")
     if len(set(folders.class_counts)) == 1:
