@@ -124,8 +124,7 @@ def read_data(args: argparse.Namespace) -> ImageFolders:
 
 
 def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
-    """`Refused` for a wrong ``--cls_num``; warnings about files that are not read, and about what cannot be validated or
-    tested, or has no long tail."""
+    """`Refused` for a wrong ``--cls_num``; warnings about what is not read, cannot be judged, or has no long tail."""
     if args.cls_num is not None and args.cls_num != len(folders.classes):
         raise Refused(f"--cls_num is {args.cls_num}, but {folders.root / 'train'} holds {len(folders.classes)} classes")
     if len(set(folders.class_counts)) == 1:

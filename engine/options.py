@@ -177,5 +177,5 @@ def check_evaluation_flags(args: argparse.Namespace) -> None:
         raise Refused("--images are of no split and have no labels; leave out --split and --shot_thresholds")
     if args.post_hoc and args.split == "val":
         raise Refused("--post_hoc is fitted on val/; judge it on another --split")
-    if args.post_hoc and (args.test_prior or args.logit_adjust):
+    if args.post_hoc and (args.test_prior or args.logit_adjust is not None):
         raise Refused("--post_hoc, --test_prior and --logit_adjust correct for the class prior; give one")

@@ -101,8 +101,8 @@ def parent_run(args: argparse.Namespace) -> str | None:
 
 
 def check_start(args: argparse.Namespace, record: dict) -> list[str]:
-    """Warnings when the weights that a run starts from have learned on otherwise normalised images, or on others of the
-    same classes."""
+    """Warnings when the weights that a run starts from have learned on otherwise normalised images, or come from a run
+    on others of the same classes."""
     if (parent := parent_run(args)) is None:
         return []
     told, warnings = files.read_json(Path(parent) / "args.json"), []
@@ -112,8 +112,8 @@ def check_start(args: argparse.Namespace, record: dict) -> list[str]:
         )
     if told.get("classes") == record["classes"] and told.get("split_hash") != record["split_hash"]:
         warnings.append(
-            f"--weights {args.weights} learned on other images of these classes than "
-            f"{record['flags']['data_dir']} has in train/: it may have seen some of those in val/ and test/"
+            f"--weights {args.weights} comes from a run on other images of these classes: it may have seen some that are "
+            f"in val/ or test/ of {record['flags']['data_dir']}"
         )
     return warnings
 

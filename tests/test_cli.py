@@ -351,13 +351,13 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, tiny_dataset, capsys
     run = train(tmp_path / "second", tiny_dataset, *start)
     said = capsys.readouterr()
     assert "not used: heads.main.weight" in said.out
-    assert "learned on" not in said.err
+    assert "--weights" not in said.err
     image = next((tiny_dataset / "test" / "rare").iterdir())
     image.rename(tiny_dataset / "train" / "rare" / "again.png")
     train(tmp_path / "third", tiny_dataset, *start, "--normalize", "dataset")
     said_now = capsys.readouterr().err
     assert "learned on images normalised with other means" in said_now
-    assert "learned on other images of these classes" in said_now
+    assert "comes from a run on other images of these classes" in said_now
     one, other = load_run(first)[0].state_dict(), load_run(run)[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one if name.endswith("conv1.weight"))
     assert not torch.equal(one["heads.main.weight"], other["heads.main.weight"])
