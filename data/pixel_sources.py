@@ -61,9 +61,9 @@ class WorkerPool:
                 if isinstance(images, str):
                     raise Failed(images)
                 yield images
-        except ConnectionError as error:  # as it was killed while it handed images over
+        except (ConnectionError, EOFError) as error:  # as it was killed while it handed images over
             time.sleep(5)  # the loader's own word of it is raised here, and would else come out anywhere later
-            raise Failed(f"a data worker died: {error}. If memory ran out, try fewer --workers") from None
+            raise Failed(f"a data worker died: {error!r}. If memory ran out, try fewer --workers") from None
 
 
 class FixedViews(Dataset):

@@ -112,8 +112,8 @@ def check_start(args: argparse.Namespace, record: dict) -> list[str]:
         )
     if told.get("classes") == record["classes"] and told.get("split_hash") != record["split_hash"]:
         warnings.append(
-            f"--weights {args.weights} comes from a run on other images of these classes: it may have seen some that are "
-            f"in val/ or test/ of {record['flags']['data_dir']}"
+            f"--weights {args.weights} comes from a run on other images of these classes: it may have seen some that "
+            f"are in val/ or test/ of {record['flags']['data_dir']}"
         )
     return warnings
 

@@ -234,7 +234,7 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image_once(tmp_path, tiny_dataset):
     flags = ["--data_dir", str(tiny_dataset), "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
     flags += ["--arch", "resnet32", "--epochs", "13", "--batch_size", "4", "--epoch_thresh", "6", "--run_name", "two"]
-    flags += ["--device", "cpu", "--lr", "0.01", "--add_arc_margin_loss", "--supcon_generated", "keys"]
+    flags += ["--device", "cpu", "--lr", "0.01", "--add_arc_margin_loss", "--supcon_generated", "keys", "--seed", "0"]
     flags += ["--supcon_balance", "--ema_decay", "0.5", "--augment", "autoaugment"]
     result = torchrun(2, "imagenet_lt_train.py", *flags)
     assert result.returncode == 0, result.stderr

@@ -1,7 +1,9 @@
 """The ledger's rows against the runs that they are made of, and their arithmetic."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -133,9 +135,10 @@ def test_the_script_trains_every_row_of_the_page_with_its_recipe(tmp_path):
 
 
 def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tmp_path, capsys):
-    words = f"@{ROOT}/scripts/recipes/any_folder.txt --data_dir {tiny_dataset} --root_model {tmp_path} --seed 3"
+    words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --seed 3"
     words += f" --root_log {tmp_path}/log --run_name any_folder_seed3 --arch resnet32 --epochs 1 --batch_size 4"
-    imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
+    recipe = f"@{ROOT}/scripts/recipes/any_folder.txt"
+    imagenet_lt_train.main(imagenet_lt_train.parse_args([recipe, *words.split()]))
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
     assert "untested" in capsys.readouterr().err
     test = ["--model_dir", str(tmp_path / "any_folder_seed3")]
@@ -197,7 +200,12 @@ def test_a_flag_that_no_command_can_say_is_refused(recipe, flag, value, words):
         ledger.command_of(told | {flag: value}, recipe, 0)
 
 
-def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path):
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in a hook
+        monkeypatch.delenv(name, raising=False)
+
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
         return subprocess.run(["git", *who, "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout

@@ -389,9 +389,16 @@ def test_the_test_script_writes_the_page_beside_its_files(tmp_path, tiny_dataset
 
 def opened(path: Path) -> tuple[str, list[str]]:
     """The document as chromium built it, and what it complained of: a blocked request is an error on the console."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-dev-shm-usage",
+    ]
+    flags.append(f"--user-data-dir={path.parent / 'profile'}")  # its own, as two may run at once
     command = [CHROMIUM, *flags, "--enable-logging=stderr", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -285,7 +285,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for(tmp_path, capsys)
     """As after kill -9 of a sweep alone, which leaves its runs behind."""
     hold = "import pathlib, sys, time; sys.path.insert(0, sys.argv[2]); from engine.files import locked\n"
     hold += (
-        "with locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(0.3); open(sys.argv[1] + '/end', 'w')"
+        "with locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(1.5); open(sys.argv[1] + '/end', 'w')"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "run"), str(ROOT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
