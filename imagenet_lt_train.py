@@ -94,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
         whole = args.freeze_backbone
         for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
             say(f"{args.weights}: {mismatch}")
+    fresh = saved is None
     del saved  # is read again with the lock held; until then the model needs the memory
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -104,11 +105,12 @@ def main(args: argparse.Namespace) -> None:
     state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
     state.averaged = build_average(model, args.ema_decay)
     record = new_record(args, folders, pixels, seed, model, optimizer, amp_dtype, channels_last)
+    if fresh:
+        warn(*distributed.together(lambda: check_start(args, record)))
     if args.compile:
         model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         goes_on = take_up(run, state, record)
-        warn(*([] if goes_on else check_start(args, record)))
         say(describe(args, folders, record))
         say(f"{'goes on' if goes_on else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:

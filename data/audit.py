@@ -29,9 +29,7 @@ def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding],
     changed = record_findings(found.root, names, inspected)
     findings += unreadable_findings(found.root, inspected, came_broken=not changed) + changed
     if dim := [name for name, image in zip(names, inspected, strict=True) if image.dim]:
-        text = (
-            f"{len(dim)} image(s) of 16 bits use less than an eighth of them and are read as nearly black; rescale them"
-        )
+        text = f"{len(dim)} image(s) of 16 bits use less than an eighth of their range: they are read as nearly black"
         findings.append(Finding(NOTE, text, dim))
     findings += duplicate_findings(names, inspected)
     findings += near_duplicate_findings(names, inspected, near_limit)

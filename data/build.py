@@ -14,7 +14,7 @@ from data.pixel_sources import own_size
 from data.samplers import SAMPLERS
 from data.synthesis import read_kept_images
 from engine import distributed
-from engine.console import warn
+from engine.console import say, warn
 from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, given_path, number_in, resolved_epoch
 from engine.hardware import num_cores
@@ -127,26 +127,24 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
     """`Refused` for a wrong ``--cls_num``; warnings about what is not read, cannot be judged, or has no long tail."""
     if args.cls_num is not None and args.cls_num != len(folders.classes):
         raise Refused(f"--cls_num is {args.cls_num}, but {folders.root / 'train'} holds {len(folders.classes)} classes")
-    if len(set(folders.class_counts)) == 1:
-        warn(
-            f"every class has {folders.class_counts[0]} training images: head, tail and weights of rarity mean nothing"
-        )
+    if args.add_rsg and len(set(folders.class_counts)) == 1:
+        warn(f"every class has {folders.class_counts[0]} training images: RSG takes the first ones for head classes")
     lists = lists_in_use(folders.root, args.list_dir)
     if lists is None:
         inner = [
             folders.root / split / name for split in folders.splits for name in class_folders(folders.root / split)
         ]
-        names = (entry.name for folder in inner for entry in os.scandir(folder) if not entry.is_dir())
+        names = (entry.name for folder in inner for entry in os.scandir(folder))
         warn(*check_names(names, f"in the class folders of {folders.root}"))
     elif args.list_dir is None:
-        warn(f"{lists / 'train.txt'} and its like say which images there are, whatever else lies in {folders.root}")
+        say(f"images     those that {lists / 'train.txt'} and its like list, whatever else lies there")
     for split in ("val", "test"):
         if split in folders.splits and (names := folders.untested(split)):
             warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
     if "val" not in folders.splits:
         other = next((name for name in LIKE_VAL if (folders.root / name).is_dir()), None)
-        hint = f"; {folders.root / other} is not used, its name would have to be val" if other else ""
-        where = f"{folders.root} has no val/ images" if lists is None else f"{lists} has no val.txt"
+        hint = f"; {folders.root / other} is not used, its name would have to be val" if other and not lists else ""
+        where = f"{lists} has no list of val images" if lists else f"{folders.root} has no val/ images"
         warn(f"{where}: nothing is selected, the last epoch is the model{hint}")
 
 

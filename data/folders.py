@@ -13,6 +13,7 @@ from engine.errors import Refused
 from engine.files import read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+NOT_READ = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".ppm", ".pgm", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 SPLITS = ("train", "val", "test")
 LIKE_VAL = ("valid", "validation", "dev")  # what others call val
 
@@ -189,13 +190,10 @@ def image_files(directory: Path) -> list[Path]:
 
 
 def check_names(names: Iterable[str], where: str) -> list[str]:
-    """A warning about files that are not read, as their ``names`` are not those of images; hidden ones may be."""
-    suffixes = Counter(Path(name).suffix.lower() or "without" for name in names if not name.startswith("."))
-    others = {suffix: number for suffix, number in suffixes.most_common() if suffix not in IMAGE_SUFFIXES}
-    if not others:
-        return []
-    shown = ", ".join(f"{number} {suffix}" for suffix, number in others.items())
-    return [f"files {where} that end otherwise than in {', '.join(sorted(IMAGE_SUFFIXES))} are not read: {shown}"]
+    """A warning about images ``where`` that are not read, by the ``names`` of the files there."""
+    suffixes = Counter(f".{name.rpartition('.')[2].lower()}" for name in names if not name.startswith("."))
+    others = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common() if suffix in NOT_READ)
+    return [f"{others} {where} are not read; convert them, to .jpg or .png say"] if others else []
 
 
 def read_about(root: Path) -> dict:

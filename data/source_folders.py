@@ -32,7 +32,8 @@ def read_class_folders(root: Path) -> dict[str, Classes]:
         raise Refused(f"{root} has {names[0]}/ but no train/ folder; add one, or name classes otherwise")
     if "train" not in names:
         return {"train": read_classes(root)}
-    if beside := [name for name in names if name not in SPLITS and image_files(root / name)]:
+    beside = [name for name in names if name not in SPLITS and image_files(root / name)]
+    if beside and not {"val", "test"} & set(names):
         raise Refused(
             f"{root / beside[0]} holds images beside train/: move it away if train/ is a split, or rename train/ if it "
             f"is a class"

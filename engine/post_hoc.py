@@ -138,8 +138,10 @@ def table(rows: dict[str, dict], val: Labelled) -> str:
         lines.append("T is at the end of its range: val has too few images, or too few mistakes, to fit it")
     for name in [name for name, row in rows.items() if row.get("tau") == TAUS[-1]]:
         lines.append(f"tau of the {name.replace('_', ' ')} is at the end of its range")
-    tau = rows["logit_adjustment"]["tau"]
-    lines.append(f"--logit_adjust {tau:.4g} predicts with that tau, also for --images and in scripts/export.py")
+    if tau := rows["logit_adjustment"]["tau"]:
+        lines.append(
+            f"--logit_adjust {tau:.4g} in place of --post_hoc predicts so, --images too, as does what is exported"
+        )
     if "tau_normalisation" in rows:
         lines.append("tau-normalised logits have another scale: their NLL and ECE do not compare")
     else:

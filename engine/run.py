@@ -25,7 +25,6 @@ MAY_CHANGE = {  # flags that a resumed run may give another value: they say wher
     *("workers", "print_freq", "save_every_steps", "device", "resume", "overwrite"),
     *("root_model", "root_log", "run_name"),
 }
-PLACES = ("data_dir", "list_dir", "synthetic_dir")  # may be others, too, where the same images lie
 NAME_PARTS = {  # flag -> suffix of the run's name, in the original suite's words and order
     "norm_out": "normout",
     "add_rsg": "rsg",
@@ -120,7 +119,7 @@ class RunFolder:
         for flag, value in plain_flags(args).items():
             recorded = self.record["flags"].get(flag)
             other_unit = flag in IN_EPOCHS and isinstance(value, float) != isinstance(recorded, float)
-            if flag not in {*MAY_CHANGE, *PLACES} and (value != recorded or (value and other_unit)):
+            if flag not in MAY_CHANGE and (value != recorded or (value and other_unit)):
                 was, remedy = f"with --{flag} {as_given(recorded)}", f"give {as_given(recorded)}"
                 if recorded is None:
                     was, remedy = f"without --{flag}", "leave it out"
@@ -163,7 +162,6 @@ class RunFolder:
                 f"dataset.json says now that images are {'' if record['mirrored'] else 'not '}to be mirrored, other "
                 f"than when {self.path} was started; set its hflip back"
             )
-        self.record["flags"] |= {place: record["flags"][place] for place in PLACES}
         earlier = self.record.pop("resumed", [])  # of those that ended before they saved anything nothing is left
         resumed = [change for change in earlier if (change["epoch"], change["step"]) < (epoch, step)]
         begun, now = sessions(self.record | {"resumed": resumed})[-1], circumstances(record)

@@ -19,6 +19,7 @@ CASES = {  # name: (metric, true recall of each class, images of each class, whe
     "balanced accuracy, 10 classes of 100": ("balanced_accuracy", np.linspace(0.95, 0.45, 10), 100, True),
     "macro F1, 10 classes of 100": ("macro_f1", np.linspace(0.95, 0.45, 10), 100, True),
     "macro F1, 200 classes of 5": ("macro_f1", [0.7] * 200, 5, False),
+    "macro F1, 60 classes of 2, 0.60": ("macro_f1", [0.6] * 60, 2, False),
     "balanced accuracy, 60 classes of 2, 0.60": ("balanced_accuracy", [0.6] * 60, 2, False),
     "balanced accuracy, 60 classes of 5, 0.60": ("balanced_accuracy", [0.6] * 60, 5, True),
     "balanced accuracy, 3 classes of 20, 0.70": ("balanced_accuracy", [0.7] * 3, 20, False),

@@ -103,7 +103,7 @@ def checked(content: bytes, predictor: Predictor, loader: EvaluationLoader) -> d
 
 def description(predictor: Predictor) -> dict:
     """All that is needed beside the weights: how to make an input, and what the output means."""
-    record, size = predictor.record, predictor.record["img_size"]
+    record, size, prior = predictor.record, predictor.record["img_size"], predictor.test_prior
     return {
         "input": f"images: float32 [N, 3, {size}, {size}], RGB, (value / 255 - mean) / std by channel",
         "resize": f"turned by EXIF, transparent parts white; unless the short side is {short_side(size)} px, resized to"
@@ -112,7 +112,7 @@ def description(predictor: Predictor) -> dict:
         **{key: record[key] for key in ("img_size", "mean", "std", "classes", "readable_names", "split_hash")},
         **{key: getattr(predictor, key) for key in ("weights", "epoch")},
         "predict_with": predictor.head,
-        "test_prior": predictor.args.test_prior,
+        "test_prior": None if prior is None else dict(zip(record["classes"], prior.tolist(), strict=True)),
         "logit_adjust": predictor.args.logit_adjust,
         "weights_hash": predictor.weights_hash,
     }

@@ -140,22 +140,24 @@ def test_lists_in_the_data_folder_are_used_instead_of_folders(tmp_path):
 
 
 def test_what_is_not_used_is_said_before_the_training(tmp_path, capsys):
-    def said() -> str:
-        args = train_parser().parse_args(["--data_dir", str(root)])
+    def said(*more: str) -> str:
+        args = train_parser().parse_args(["--data_dir", str(root), *more])
         check_data(args, read_data(args))
-        return capsys.readouterr().err
+        return "".join(capsys.readouterr())
 
     root = write_images(tmp_path, {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
     assert said() == ""
     for path in ("train/a/1.heic", "test/b/2.HEIC", "train/b/Thumbs.db", "train/b/.hidden", "notes.txt"):
         (root / path).write_text("not read")
-    assert "are not read: 2 .heic, 1 .db" in said()
+    (root / "train/a/again").symlink_to("again")  # leads nowhere but to itself
+    assert "warning: 2 .heic in the class folders" in said()
     (root / "train/a/2.png").unlink()
     assert "every class has 2 training images" in said()
+    assert "every class" not in said("--add_rsg", "False")
     write_lists(root, train="train/a/0.png 0\ntrain/b/0.png 1\n")
     text = said()
-    assert f"{root / 'train.txt'} and its like say which images there are" in text
-    assert f"{root} has no val.txt" in text
+    assert f"those that {root / 'train.txt'} and its like list" in text
+    assert f"{root} has no list of val images" in text
 
 
 def test_lists_may_lie_elsewhere_under_their_published_names(tmp_path):

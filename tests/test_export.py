@@ -66,6 +66,7 @@ def test_a_correction_for_the_prior_is_in_the_model(run, tmp_path):
     (tmp_path / "odds.txt").write_text("blue 1\ngreen 2\nred 5\n")
     about = exported(run, "--test_prior", str(tmp_path / "odds.txt"))
     assert about["checked"]["same_prediction"] == 9
+    assert about["test_prior"] == pytest.approx({"blue": 1 / 8, "green": 2 / 8, "red": 5 / 8})
     (folder,) = run.glob("export_prior_odds-*")
     paths = sorted((run.parent / "data" / "test").glob("*/*.png"))
     inputs = np.stack([input_of(path, about) for path in paths])

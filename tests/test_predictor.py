@@ -218,7 +218,7 @@ def test_unlabelled_images_get_three_classes_and_unreadable_ones_are_named(run, 
     assert error.value.code == 1
     said = capsys.readouterr().err
     assert str(folder / "broken.jpg") in said
-    assert "are not read: 2 .heic, 1 without" in said
+    assert f"2 .heic in {folder} are not read" in said
     rows = {row["file"]: row for row in rows_of(run / "predict" / "photos.csv")}
     assert list(rows) == sorted([*names, "broken.jpg"])
     assert set(rows["broken.jpg"].values()) == {"broken.jpg", ""}
