@@ -42,7 +42,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lr_factor", type=positive, default=0.01, metavar="F", help="step: factor at a milestone")
     group.add_argument(
-        "--warmup_epochs", type=epoch_or_share(0), default=0, metavar="E", help="of linear rise; 0.1: share of all"
+        "--warmup_epochs",
+        type=epoch_or_share(0),
+        default=0,
+        metavar="E",
+        help="of linear rise, which does not shift the schedule; 0.1: share of all",
     )
     group.add_argument(
         "--ema_decay", type=below_1, metavar="D", help="judge and save the exponential mean of the weights, decay D"
