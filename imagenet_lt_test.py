@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     if args.logit_adjust is not None:
         result["logit_adjust"] = args.logit_adjust
     if predictor.test_prior is not None:
-        result["test_prior"] = args.test_prior
+        result |= {"test_prior": args.test_prior, "test_prior_shares": predictor.answers_by()["test_prior"]}
         result["top1_under_prior"] = metrics.accuracy_under_prior(logits, targets, predictor.test_prior)
         result["prior_tested"] = float(predictor.test_prior[tested].sum())
     result["intervals"] = metrics.bootstrap_intervals(logits, targets, groups)

@@ -38,7 +38,7 @@ def read_lists(root: Path, lists: dict[str, Path]) -> tuple[list[str], dict[str,
 def read_rows(root: Path, path: Path) -> Rows:
     rows = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Refused(f"{path} is not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):

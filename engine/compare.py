@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -139,8 +140,7 @@ def _setting(run: Run) -> dict:
     aside = MAY_CHANGE | {"seed", "data_dir", "list_dir", "synthetic_dir"}
     flags = {flag: value for flag, value in run.record["flags"].items() if flag not in aside}
     if parent := run.record.get("parent"):
-        name = Path(parent).name.removesuffix(f"_seed{run.record['seed']}")
-        flags["weights"] = f"{name}/{Path(flags['weights']).name}"
+        flags["weights"] = f"{_without_seed(Path(parent).name, run)}/{Path(flags['weights']).name}"
     flags["hflip"] = run.record.get("mirrored", flags["hflip"])  # by default the data set's word, which may change
     made = run.record.get("synthetic_hash")
     return flags | {"split": run.record["split_hash"][:12], "synthetic_images": made and made[:12]}
@@ -148,8 +148,13 @@ def _setting(run: Run) -> dict:
 
 def _common_name(runs: Sequence[Run]) -> str | None:
     """The name of all run folders without their seed; None when they have none in common."""
-    names = {run.folder.name.removesuffix(f"_seed{run.record['seed']}") for run in runs}
+    names = {_without_seed(run.folder.name, run) for run in runs}
     return names.pop() if len(names) == 1 else None
+
+
+def _without_seed(name: str, run: Run) -> str:
+    """``a`` of ``a_seed3`` or ``a_seed_3``, as sweeps and the quick start name runs of seed 3."""
+    return re.sub(f"_seed_?{run.record['seed']}$", "", name)
 
 
 def mean_and_deviation(group: Group, measure: str) -> tuple[float, float | None] | None:

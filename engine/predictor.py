@@ -86,6 +86,13 @@ class Predictor:
         list_dir = args.list_dir or (Path(flags["list_dir"]) if flags["list_dir"] and args.data_dir is None else None)
         return read_known_classes(root, list_dir, split, self.record["classes"])
 
+    def answers_by(self) -> dict:
+        """What its answers depend on beside images and weights, in words and numbers that last."""
+        shares = None
+        if self.test_prior is not None:
+            shares = dict(zip(self.record["classes"], self.test_prior.tolist(), strict=True))
+        return {"predict_with": self.head, "logit_adjust": self.args.logit_adjust, "test_prior": shares}
+
     def suffix(self) -> str:
         """What tells the files of this test from those of the default one."""
         suffix = "" if self.weights == default_weights(self.run) else f"_{self.weights}"

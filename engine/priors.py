@@ -86,7 +86,7 @@ def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.nda
     path = Path(word)
     if not path.is_file():
         raise Refused(f"--test_prior {word} is no file; give one, or uniform, or train")
-    text = path.read_text(errors="surrogateescape")  # class names are names of folders: bytes
+    text = path.read_text("utf-8-sig", errors="surrogateescape")  # class names are names of folders: bytes
     pairs = _json_pairs(path, text) if path.suffix.lower() == ".json" else _line_pairs(path, text)
     names = [name for name, _ in pairs]
     if unknown := [name for name in names if name not in set(classes)]:

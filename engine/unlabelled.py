@@ -30,6 +30,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
     name = directory.name if directory.name not in ("", "..") else directory.resolve().name
     table = predictor.run / "predict" / f"{name}{predictor.suffix()}.csv"
     about = {"images": os.path.realpath(directory), "weights": predictor.weights, "epoch": predictor.epoch}
+    about |= {"weights_hash": predictor.weights_hash, **predictor.answers_by()}
     other = read_json(table.with_suffix(".json"), default={}).get("images")
     if table.exists() and other not in (None, about["images"]):
         raise Refused(f"{table} holds the predictions for {other}; move it away, or rename one of the folders")

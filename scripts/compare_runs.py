@@ -56,7 +56,10 @@ def main(args) -> None:
     missing = [(folder, what) for folder in folders if (what := what_is_missing(folder))]
     if missing:
         names = ", ".join(f"{folder} is {what}" for folder, what in missing)
-        raise Refused(f"{names}; imagenet_lt_train.py --resume finishes a training, imagenet_lt_test.py tests it")
+        raise Refused(
+            f"{names}; imagenet_lt_train.py --resume finishes a training, imagenet_lt_test.py tests it; leave out what "
+            f"has no training"
+        )
     output = args.output or Path(os.path.commonpath([folder.absolute().parent for folder in folders])) / "comparison"
     refuse_foreign_files(output)
     runs = [read_run(folder) for folder in folders]

@@ -103,17 +103,16 @@ def checked(content: bytes, predictor: Predictor, loader: EvaluationLoader) -> d
 
 def description(predictor: Predictor) -> dict:
     """All that is needed beside the weights: how to make an input, and what the output means."""
-    record, size, prior = predictor.record, predictor.record["img_size"], predictor.test_prior
+    record, size = predictor.record, predictor.record["img_size"]
     return {
         "input": f"images: float32 [N, 3, {size}, {size}], RGB, (value / 255 - mean) / std by channel",
-        "resize": f"turned by EXIF, transparent parts white; unless the short side is {short_side(size)} px, resized to"
+        "resize": "grey of 16 bits divided by 257, of more bits or in floating point stretched from its minimum to its "
+        f"maximum; turned by EXIF, transparent parts white; unless the short side is {short_side(size)} px, resized to"
         f" that with Pillow's BILINEAR, which smooths; then the centre square of {size} px",
         "output": f"logits: float32 [N, {len(record['classes'])}]; softmax gives probabilities",
         **{key: record[key] for key in ("img_size", "mean", "std", "classes", "readable_names", "split_hash")},
         **{key: getattr(predictor, key) for key in ("weights", "epoch")},
-        "predict_with": predictor.head,
-        "test_prior": None if prior is None else dict(zip(record["classes"], prior.tolist(), strict=True)),
-        "logit_adjust": predictor.args.logit_adjust,
+        **predictor.answers_by(),
         "weights_hash": predictor.weights_hash,
     }
 

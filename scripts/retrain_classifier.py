@@ -20,13 +20,13 @@ from data.build import build_evaluation_loader
 from data.folders import read_image_folders
 from data.split_hash import split_hash
 from engine import distributed, files
-from engine.console import say
+from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
 from engine.flags import Parser, add_root_model, number_in
 from engine.options import train_parser
 from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
-from engine.record import code_commit, plain_flags, read_record
+from engine.record import check_finished, code_commit, plain_flags, read_record
 from engine.run import RunFolder, find_run
 from engine.weights import default_weights, pixels_of, read_weights, save_weights, trained_model
 
@@ -84,6 +84,7 @@ def training_flags(args: argparse.Namespace) -> list[str]:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
+    warn(*check_finished(args.parent, read_record(args.parent)))
     if args.method == "crt":
         imagenet_lt_train.main(args.training)
     else:

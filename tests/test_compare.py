@@ -239,8 +239,9 @@ def test_folders_named_by_setting_and_seed_name_the_groups(make_run):
 
 
 def test_second_stages_on_the_seeds_of_one_setting_are_one_group(make_run):
-    weights = [f"runs/first_seed{seed}/best.safetensors" for seed in (0, 1)]
-    parents = [{"parent": f"runs/first_seed{seed}"} for seed in (0, 1)]
+    names = ["runs/first_seed0", "runs/first_seed_1"]
+    weights = [f"{name}/best.safetensors" for name in names]
+    parents = [{"parent": name} for name in names]
     made = [make_run(f"crt_seed{k}", k, record=parents[k], weights=weights[k]) for k in (0, 1)]
     other = make_run("other_seed0", 0, record={"parent": "runs/second_seed0"}, weights="runs/second_seed0/x")
     assert [len(group.runs) for group in grouped([read_run(folder) for folder in [*made, other]])] == [2, 1]

@@ -162,7 +162,7 @@ def test_what_is_not_used_is_said_before_the_training(tmp_path, capsys):
 
 def test_lists_may_lie_elsewhere_under_their_published_names(tmp_path):
     root = write_images(tmp_path / "images", {"x/a b": 1, "x/c": 1})
-    (tmp_path / "ImageNet_LT_train.txt").write_text("x/a b/0.png 0\nx/c/0.png 1\n")
+    (tmp_path / "ImageNet_LT_train.txt").write_text("\N{BYTE ORDER MARK}x/a b/0.png 0\nx/c/0.png 1\n")
     assert read_image_folders(root, list_dir=tmp_path).classes == ["a b", "c"]
 
 

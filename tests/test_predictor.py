@@ -180,6 +180,7 @@ def test_a_stated_prior_shifts_the_logits_and_leaves_the_default_test_alone(run,
     expected = -np.log([8 / 16, 5 / 16, 3 / 16]) - np.log(3)  # log of 1/3 over the training share
     np.testing.assert_allclose(shift, np.tile(expected, (9, 1)), atol=1e-12)
     assert result["top1_under_prior"] == pytest.approx(result["balanced_accuracy"], abs=1e-12)
+    assert result["test_prior_shares"] == dict.fromkeys(CLASSES, 1 / 3)
 
 
 def test_an_adjustment_subtracts_the_log_of_the_training_prior(run, tested, capsys):
@@ -237,6 +238,9 @@ def test_predictions_under_a_prior_have_a_table_of_their_own(run):
     result = ask(run, "--images", run.parent / "data" / "test" / "rare", "--test_prior", "train")
     assert result == {"n": 3, "table": str(run / "predict" / "rare_prior_train.csv")}
     assert not (run / "predict" / "rare.csv").exists()
+    about = json.loads((run / "predict" / "rare_prior_train.json").read_text())
+    assert about["test_prior"] == {"common": 8 / 16, "odd, name": 5 / 16, "rare": 3 / 16}
+    assert (about["predict_with"], about["logit_adjust"]) == ("main", None)
 
 
 def test_another_folder_of_the_same_name_does_not_replace_a_table(run, tmp_path, capsys):

@@ -99,6 +99,7 @@ def test_priors_have_names(word, expected):
     ("name", "text"),
     [
         ("prior.txt", "rare 1\n\nhouse finch  2.5\ncommon 6.5\n"),
+        ("prior.txt", "\N{BYTE ORDER MARK}common 65\nhouse finch 25\nrare 10\n"),
         ("prior.json", '{"rare": 10, "common": 65, "house finch": 25.0}'),
     ],
 )

@@ -41,11 +41,16 @@ def record_of(run: Path) -> dict:
     return json.loads((run / "args.json").read_text())
 
 
-def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset):
+def test_crt_trains_a_new_head_on_the_backbone_as_it_is_and_names_its_parent(tmp_path, tiny_dataset, capsys):
     parent = trained(tmp_path, tiny_dataset, "--norm_scale 20 --normalize dataset --neck fc")
+    record = record_of(parent)
+    (parent / "args.json").write_text(
+        json.dumps(record | {"flags": record["flags"] | {"epochs": 9, "max_steps": None}})
+    )
     tensors = load_file(parent / "last.safetensors")
     save_file({name: 0 * value for name, value in tensors.items()}, parent / "last.safetensors", {"epoch": "0"})
     retrain(tmp_path, "--epochs", "1")
+    assert "parent is not finished: 1 of 9 epochs are done" in capsys.readouterr().err
     record = record_of(tmp_path / "parent_crt")
     assert record["parent"] == str(parent)
     assert record["objective"] == "1 CE(normed)"
