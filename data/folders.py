@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from data.image_lists import find_list, read_lists
 from data.wordnet import MINI_IMAGENET_NAMES
@@ -104,7 +105,7 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     for name, images in found.items():
         if unknown := images.keys() - classes:
             raise Refused(
-                f"{root / name} holds classes that train/ lacks: {', '.join(sorted(unknown))}; remove them, or train "
+                f"{root / name} holds classes that train/ lacks: {told_apart(unknown, classes)}; remove them, or train "
                 f"on such images"
             )
     if empty := [train / name for name, images in found["train"].items() if not images]:
@@ -116,6 +117,14 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
 def lists_in_use(root: Path, list_dir: Path | None) -> Path | None:
     """Where the image lists lie that are used instead of the class folders in ``root``; None where those are."""
     return root if list_dir is None and (root / "train.txt").is_file() else list_dir
+
+
+def told_apart(names: Iterable[str], classes: Iterable[str]) -> str:
+    """Sorted ``names`` that are none of ``classes``, and what to do with those that only look like one: disks and
+    archives of a Mac write accents apart from their letters."""
+    look = {normalize("NFC", name) for name in classes}
+    hint = " (rename it: a class has this name in another Unicode form)"
+    return ", ".join(name + (hint if normalize("NFC", name) in look else "") for name in sorted(names))
 
 
 def without_images(folders: list[Path]) -> Refused:
@@ -139,7 +148,7 @@ def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: l
     found = images_by_class(root)
     if unknown := found[split].keys() - classes:
         raise Refused(
-            f"{root / split} holds classes that the run does not know: {', '.join(sorted(unknown))}; move them away, "
+            f"{root / split} holds classes that the run does not know: {told_apart(unknown, classes)}; move them away, "
             f"or give other images with --data_dir"
         )
     splits = {name: split_of(images, classes) for name, images in found.items()}

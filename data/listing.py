@@ -92,7 +92,7 @@ def split_findings(split: str, counts: dict[str, int], train: dict[str, int]) ->
     unknown = [f"{split}/{name}" for name in counts if name not in train]
     if unknown:
         findings.append(
-            Finding(ACT, f"{len(unknown)} class(es) in {split} that train lacks; remove or move them", unknown)
+            Finding(ACT, f"{len(unknown)} class(es) in {split} that train lacks; rename, move or remove them", unknown)
         )
     without = [f"{split}/{name}" for name, count in train.items() if count and not counts.get(name)]
     if without:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import LIKE_VAL, SPLITS, class_folders, image_files, without_images
+from data.folders import LIKE_VAL, SPLITS, class_folders, image_files, told_apart, without_images
 from engine.errors import Refused
 
 LIKE_SPLITS = {*SPLITS, *LIKE_VAL, "training", "testing"}
@@ -61,6 +61,6 @@ def left_out(root: Path, splits: dict[str, Classes]) -> list[str]:
 
 def refuse_unknown_classes(splits: dict[str, Classes], root: Path) -> None:
     for split, classes in splits.items():
-        unknown = sorted(set(classes) - set(splits["train"]))
-        if unknown:
-            raise Refused(f"{root / split} holds classes that train/ lacks: {', '.join(unknown)}; remove or move them")
+        if unknown := classes.keys() - splits["train"].keys():
+            shown = told_apart(unknown, splits["train"])
+            raise Refused(f"{root / split} holds classes that train/ lacks: {shown}; remove or move them")

@@ -130,7 +130,7 @@ def test_empty_and_foreign_classes_must_be_acted_on(clean):
     code, findings, _ = audit(clean)
     assert code == 1
     assert findings["act 1 empty class(es) in train; add images or remove the folder"] == ["train/bird"]
-    assert findings["act 1 class(es) in test that train lacks; remove or move them"] == ["test/fish"]
+    assert findings["act 1 class(es) in test that train lacks; rename, move or remove them"] == ["test/fish"]
 
 
 def test_what_cannot_be_judged_and_what_is_not_used_is_noted(clean):

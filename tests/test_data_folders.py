@@ -50,7 +50,8 @@ def test_other_files_and_dot_files_are_ignored_and_suffixes_have_any_case(tmp_pa
         ({"train/a": 1}, "at least two"),
         ({"train/a": 1, "train/b": 0, "train/c": 0}, r"no images in .*train/b, .*train/c"),
         ({"train/a": 1, "train/b": 0, "train/b/c": 1}, r"train/b itself but in .*train/b/c"),
-        ({"train/a": 1, "train/b": 1, "val/c": 1}, r"val holds classes that train/ lacks: c"),
+        ({"train/a": 1, "train/b": 1, "val/c": 1}, r"val holds classes that train/ lacks: c;"),
+        ({"train/a": 1, "train/caf\xe9": 1, "val/cafe\u0301": 1}, r"cafe\u0301 \(rename it: .* Unicode form\)"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(tmp_path, names, message):
