@@ -14,6 +14,7 @@ from engine.errors import Refused
 from engine.files import read_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+# formats of images that are not read, which is said: other files may be anything
 NOT_READ = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".ppm", ".pgm", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 SPLITS = ("train", "val", "test")
 LIKE_VAL = ("valid", "validation", "dev")  # what others call val

@@ -139,9 +139,7 @@ def table(rows: dict[str, dict], val: Labelled) -> str:
     for name in [name for name, row in rows.items() if row.get("tau") == TAUS[-1]]:
         lines.append(f"tau of the {name.replace('_', ' ')} is at the end of its range")
     if tau := rows["logit_adjustment"]["tau"]:
-        lines.append(
-            f"--logit_adjust {tau:.4g} in place of --post_hoc predicts so, --images too, as does what is exported"
-        )
+        lines.append(f"--logit_adjust {tau:.4g} predicts so; --images and scripts/export.py take it, too")
     if "tau_normalisation" in rows:
         lines.append("tau-normalised logits have another scale: their NLL and ECE do not compare")
     else:

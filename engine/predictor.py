@@ -47,18 +47,19 @@ class Predictor:
                 f"--predict_with {self.head}: the run has no such head; it has {', '.join(heads)}, mean and ncm"
             )
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
-        made = self.record.get("synthetic_counts")
-        self.test_prior = self.shift = None  # of the logits [C]
+        self.test_prior = None
+        self.shift = None  # what corrects for a prior: [C], added to the logits
+        synthetic, no_logits = self.record.get("synthetic_counts"), np.zeros(len(classes))
         if args.test_prior is not None and args.logit_adjust is not None:
             raise Refused("--test_prior and --logit_adjust both correct for the class prior; give one")
         if args.logit_adjust is not None:
-            self.shift = logit_adjusted(np.zeros(len(classes)), training_prior(flags, counts, made), args.logit_adjust)
+            self.shift = logit_adjusted(no_logits, training_prior(flags, counts, synthetic), args.logit_adjust)
         if args.test_prior is not None:
             if "tau" in self.record:
                 raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
             self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
-            prior = model_prior(flags, counts, self.head, self.epoch, made)
-            self.shift = reweighted(np.zeros(len(classes)), prior, self.test_prior)
+            prior = model_prior(flags, counts, self.head, self.epoch, synthetic)
+            self.shift = reweighted(no_logits, prior, self.test_prior)
         self.model = trained_model(run, self.record, tensors).to(device)
         self.class_means = None
         if self.head == "ncm":
