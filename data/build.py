@@ -155,8 +155,10 @@ def mirrors(args: argparse.Namespace, folders: ImageFolders) -> bool:
 
 def build_pixels(args: argparse.Namespace, folders: ImageFolders) -> Pixels:
     """Image size and normalisation."""
-    paths = folders.splits["train"].paths
-    pixels = Pixels(args.img_size or own_size(paths) or 224)
+    side, odd = (args.img_size, None) if args.img_size else own_size(folders.splits["train"].paths)
+    if odd:
+        warn(f"{odd} is of another size than the small squares before it: all become 224 px; --img_size sets another")
+    pixels = Pixels(side or 224)
     if args.normalize == "imagenet":
         return pixels
     own = distributed.together(lambda: channel_sums(args, folders.splits["train"], pixels))

@@ -181,14 +181,17 @@ def decoded_bytes(paths: list[Path], sample: int = 64) -> float:
     return len(paths) * sum(3 * width * height for width, height in sizes) / max(1, len(sizes))
 
 
-def own_size(paths: list[Path], largest: int = 96) -> int | None:
-    """The side in px when all readable images are squares of one size up to ``largest``, else None."""
+def own_size(paths: list[Path], largest: int = 96) -> tuple[int | None, Path | None]:
+    """The side in px when all readable images are squares of one size up to ``largest``; the first image that is not of
+    the size of those before it, when these are."""
     side = None
-    for width, height in filter(None, map(image_size, paths)):
-        side = side or width
-        if not width == height == side <= largest:
-            return None
-    return side
+    for path in paths:
+        if (size := image_size(path)) is None:
+            continue
+        if not size[0] == size[1] == (side or size[0]) <= largest:
+            return None, path if side else None
+        side = size[0]
+    return side, None
 
 
 def image_size(path: Path) -> tuple[int, int] | None:

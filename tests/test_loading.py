@@ -605,24 +605,42 @@ def test_of_many_broken_files_twenty_are_named_and_the_others_counted(tmp_path):
 
 
 def test_squares_of_one_size_have_an_own_size(tmp_path):
-    assert own_size(write_split(tmp_path, 5, 28).paths) == 28
-    assert own_size(write_split(tmp_path, 5, 96).paths) == 96
+    assert own_size(write_split(tmp_path, 5, 28).paths) == (28, None)
+    assert own_size(write_split(tmp_path, 5, 96).paths) == (96, None)
 
 
 def test_large_oblong_or_different_images_have_no_own_size(tmp_path):
-    assert own_size(write_split(tmp_path / "large", 3, 97).paths) is None
+    assert own_size(write_split(tmp_path / "large", 3, 97).paths) == (None, None)
     paths = write_split(tmp_path / "small", 3, 28).paths
     other = tmp_path / "other.png"
     for width, height in ((28, 30), (32, 32)):
         noise(width, height).save(other)
-        assert own_size([*paths, other]) is None
+        assert own_size([*paths, other]) == (None, other)
+    assert own_size([other, *paths]) == (None, paths[0])
+
+
+def test_one_image_that_makes_all_of_them_large_is_named(tiny_dataset, capsys):
+    def size(words: str = "") -> int:
+        args = train_parser().parse_args(["--data_dir", str(tiny_dataset), *words.split()])
+        return build_pixels(args, read_data(args)).size
+
+    own = size()
+    assert own < 97
+    assert capsys.readouterr().err == ""
+    folders = read_data(train_parser().parse_args(["--data_dir", str(tiny_dataset)]))
+    odd = folders.splits["train"].paths[1]
+    noise(own, own + 1).save(odd)
+    assert size() == 224
+    assert f"{odd} is of another size" in capsys.readouterr().err
+    assert size(f"--img_size {own}") == own
+    assert capsys.readouterr().err == ""
 
 
 def test_files_without_a_header_have_no_say_in_the_size(tmp_path):
     paths = write_split(tmp_path, 3, 28).paths
     paths[0].write_bytes(b"no image")
-    assert own_size(paths) == 28
-    assert own_size(paths[:1]) is None
+    assert own_size(paths) == (28, None)
+    assert own_size(paths[:1]) == (None, None)
 
 
 def test_decoded_bytes_are_three_a_pixel(tmp_path):
