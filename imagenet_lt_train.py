@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         return
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seed = run.record["seed"] if run.record else distributed.from_main(seed)
-    pixels = pixels_of(run.record) if run.record else build_pixels(args, folders)
+    pixels = pixels_of(run.record) if saved else build_pixels(args, folders)
     amp_dtype = autocast_dtype(args.amp, device)
     channels_last = is_channels_last(args.channels_last, amp_dtype, device)
     if args.compile:
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         say(describe(args, folders, record))
         say(f"{'goes on' if goes_on else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:
-            fit(args, run, state, training, selection, amp_dtype, stop)
+            fit(args, folders.class_counts, run, state, training, selection, amp_dtype, stop)
     say(f"done; test it with: {run.test_command()}")
     distributed.stop()
 
@@ -136,6 +136,7 @@ def take_up(run: RunFolder, state: TrainingState, record: dict) -> bool:
 
 def fit(
     args: argparse.Namespace,
+    class_counts: list[int],
     run: RunFolder,
     state: TrainingState,
     training: TrainingLoader,
@@ -153,7 +154,7 @@ def fit(
     def save_due(step: int) -> bool:
         updates = math.ceil(step / args.accumulate_steps)
         scheduled = args.save_every_steps is not None and updates % args.save_every_steps == 0
-        return bool(stop.requested(updates, args.print_freq, device)) or scheduled
+        return bool(stop.requested(updates, device)) or scheduled
 
     def save() -> None:
         state.stop_clock()
@@ -163,7 +164,7 @@ def fit(
     while not state.finished:
         epoch = state.epoch
         set_learning_rate(state.optimizer, learning_rate(args, epoch))
-        objective = build_objective(args, selection.class_counts, epoch).to(device)
+        objective = build_objective(args, class_counts, epoch).to(device)
         if phase != (phase := model.start_phase(generates(args, epoch), objective.trains_heads())):
             forward = distributed.data_parallel(model)
         batches = training.epoch(epoch, sampler_of(args, epoch), state.step)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from data.listing import ACT, Finding
-from data.wordnet import MINI_IMAGENET_NAMES
 from engine.console import number_of_classes, printable
 from engine.figures import GROUP_COLOURS, new_figure, save_figure
 from engine.metrics import FEW, MANY, shot_groups
@@ -60,8 +59,7 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
         yscale="log", ylabel="images", xlabel="class, largest first", xlim=(-0.5, len(order) - 0.5), ylim=(0.7, None)
     )
     if len(order) <= 120:
-        names = {**MINI_IMAGENET_NAMES, **readable}
-        labels = [printable(names.get(name, name)) for name in order]
+        labels = [printable(readable.get(name, name)) for name in order]
         axes.set_xticks(range(len(order)), labels, rotation=90, fontsize=7, parse_math=False)
     axes.legend()
     save_figure(figure, path)

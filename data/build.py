@@ -211,7 +211,8 @@ def build_training_loader(
 def build_evaluation_loader(
     args: argparse.Namespace, split: Split, pixels: Pixels, device: torch.device
 ) -> EvaluationLoader:
-    return EvaluationLoader(split, pixels, args.batch_size, device, workers_in_use(args), args.cache_limit)
+    batch_size = max(1, args.batch_size // distributed.world_size())
+    return EvaluationLoader(split, pixels, batch_size, device, workers_in_use(args), args.cache_limit)
 
 
 def workers_in_use(args: argparse.Namespace) -> int:

@@ -59,7 +59,7 @@ class ImageFolders:
 
     @property
     def readable_names(self) -> list[str]:
-        names = {**MINI_IMAGENET_NAMES, **self.about.get("readable_names", {})}
+        names = known_names(self.about)
         return [names.get(name, name) for name in self.classes]
 
     @property
@@ -103,12 +103,7 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
     classes = list(found["train"])
     if len(classes) < 2:
         raise Refused(f"{train} holds {len(classes)} class folder(s); a classifier needs at least two")
-    for name, images in found.items():
-        if unknown := images.keys() - classes:
-            raise Refused(
-                f"{root / name} holds classes that train/ lacks: {told_apart(unknown, classes)}; remove them, or train "
-                f"on such images"
-            )
+    refuse_unknown_classes(found, root)
     if empty := [train / name for name, images in found["train"].items() if not images]:
         raise without_images(empty)
     splits = {name: split_of(images, classes) for name, images in found.items() if any(images.values())}
@@ -118,6 +113,16 @@ def read_image_folders(root: Path, list_dir: Path | None = None) -> ImageFolders
 def lists_in_use(root: Path, list_dir: Path | None) -> Path | None:
     """Where the image lists lie that are used instead of the class folders in ``root``; None where those are."""
     return root if list_dir is None and (root / "train.txt").is_file() else list_dir
+
+
+def refuse_unknown_classes(splits: dict[str, dict], root: Path) -> None:
+    """``splits`` are those below ``root``: split -> class -> images."""
+    for split, classes in splits.items():
+        if unknown := classes.keys() - splits["train"].keys():
+            shown = told_apart(unknown, splits["train"])
+            raise Refused(
+                f"{root / split} holds classes that train/ lacks: {shown}; move them away, or add such images to train/"
+            )
 
 
 def told_apart(names: Iterable[str], classes: Iterable[str]) -> str:
@@ -214,6 +219,11 @@ def read_about(root: Path) -> dict:
     if not readable or not isinstance(about.get("hflip", True), bool):
         raise Refused(f"{root / 'dataset.json'}: needs readable_names {{class: name}}, hflip true or false; mend it")
     return about
+
+
+def known_names(about: dict) -> dict[str, str]:
+    """Readable names by class: those in ``dataset.json``, and WordNet's of mini-ImageNet."""
+    return {**MINI_IMAGENET_NAMES, **about.get("readable_names", {})}
 
 
 def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:

@@ -65,7 +65,8 @@ def resolved_class_order(order: str, classes: list[str], seed: int) -> tuple[str
         return random_class_order(classes, seed)
     if not Path(order).is_file():
         raise Refused(f"--class_order {order} is neither index, random nor a file with one class name a line")
-    names = tuple(line.strip() for line in Path(order).read_text(errors="surrogateescape").splitlines() if line.strip())
+    lines = Path(order).read_text("utf-8-sig", "surrogateescape").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
     odd = sorted(set(names) ^ set(classes))
     if odd or len(names) != len(classes):
         named = odd[0] if odd else next(name for name in names if names.count(name) > 1)

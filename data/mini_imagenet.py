@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.folders import SPLITS, image_files
+from data.folders import SPLITS, image_files, refuse_unknown_classes
 from data.pickles import load_arrays
-from data.source_folders import Classes, Source, read_class_folders, refuse_unknown_classes
+from data.source_folders import Classes, Source, read_class_folders
 from data.wordnet import MINI_IMAGENET_NAMES
 from engine.errors import Refused
 
@@ -60,7 +60,7 @@ def read_list(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise Refused(f"{path} is missing; the few-shot lists are train.csv, val.csv and test.csv")
     try:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise Refused(f"{path} cannot be read as a list: {error}; get the original list") from None

@@ -12,12 +12,13 @@ from pathlib import Path
 from data.folders import SPLITS, images_by_class
 from data.long_tail import Names, Profile
 from data.source_folders import Source
-from data.split_hash import Files, file_content, hash_of_files, hash_of_lines, is_as_stamped, stamp
+from data.split_hash import STAMP, Files, file_content, hash_of_files, hash_of_lines, is_as_stamped, stamp
 from engine.console import progress
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
 
-WRITTEN = {*SPLITS, "dataset.json", "split.json", "audit.json", "audit.png"}  # in a folder that was prepared
+WRITTEN = {*SPLITS, "dataset.json", "split.json", STAMP, "audit.json", "audit.png"}  # in a folder that was prepared
+LITTER = (".DS_Store", ".directory", "._*")  # what file managers leave
 
 
 def publish(
@@ -31,6 +32,7 @@ def publish(
         for name, images in classes.items()
         for image in images
     }
+    told = ""
     refuse_names_of_paths(drawn)
     if len(drawn["train"]) < 2:
         raise Refused(f"there is one class, {next(iter(drawn['train']))}; a classifier needs at least two")
@@ -47,6 +49,7 @@ def publish(
         refuse_to_lose(output)
         if not overwrite:
             raise Refused(f"{output} holds something else; --overwrite replaces it, --output DIR writes elsewhere")
+        told = "" if is_told_so else "; its dataset.json, which was another one, is replaced, too"
     new = scratch / "new"
     digest = write_files(files, new, link)
     write_json(new / "dataset.json", source.about)
@@ -55,7 +58,7 @@ def publish(
     write_json(new / "split.json", {**record, "counts": counts, "files": sorted(files)})
     stamp(new)
     replace(new, output, scratch)
-    return f"{output}: {summary(drawn)}, split hash {digest}"
+    return f"{output}: {summary(drawn)}, split hash {digest}{told}"
 
 
 def summary(drawn: dict[str, Names]) -> str:
@@ -102,14 +105,15 @@ def try_lock(folder: Path) -> int | None:
 def emptied(scratch: Path, output: Path) -> Path:
     """Undo what a stopped run left: the folder that it was about to replace goes back, the rest goes away."""
     if (scratch / "old").exists() and not output.exists():
-        (scratch / "old").rename(output)
+        (scratch / "old").rename(output.resolve())
     for leftover in scratch.iterdir():
         remove(leftover)
     return scratch
 
 
 def replace(new: Path, output: Path, scratch: Path) -> None:
-    """Rename ``new`` to ``output``; what was there is deleted with ``scratch``."""
+    """Rename ``new`` to ``output``, or to where a link there leads; what was there is deleted with ``scratch``."""
+    output = output.resolve()
     if output.exists():
         output.rename(scratch / "old")
     new.rename(output)
@@ -162,12 +166,11 @@ def refuse_names_of_paths(drawn: dict[str, Names]) -> None:
 def refuse_to_lose(folder: Path) -> None:
     """`Refused` when replacing ``folder`` would delete what this script did not write."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    there = {name for name in there if not name.startswith(".")}  # what file managers leave
     if "split.json" in there:
         written = set(read_json(folder / "split.json").get("files") or [])
         inside = [path for split in SPLITS for path in (folder / split).rglob("*") if not path.is_dir()]
         there = (there - WRITTEN) | {name for path in inside if (name := str(path.relative_to(folder))) not in written}
-    if lost := sorted(name for name in there if not any(part.startswith(".") for part in Path(name).parts)):
+    if lost := sorted(name for name in there if not any(Path(name).match(pattern) for pattern in LITTER)):
         more = f" and {len(lost) - 1} more files" if len(lost) > 1 else ""
         raise Refused(
             f"{folder} holds {lost[0]}{more}, which this script did not write and never deletes; move them away, or "

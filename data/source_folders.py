@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import LIKE_VAL, SPLITS, class_folders, image_files, told_apart, without_images
+from data.folders import LIKE_VAL, SPLITS, class_folders, image_files, without_images
 from engine.errors import Refused
 
 LIKE_SPLITS = {*SPLITS, *LIKE_VAL, "training", "testing"}
@@ -16,8 +16,8 @@ class Source(NamedTuple):
     """What there is to draw from."""
 
     splits: dict[str, Classes]  # train, and val and test where the source has its own
-    about: dict = {}  # for dataset.json
-    profile: dict = {}  # how it is drawn where no flag says otherwise
+    about: dict  # for dataset.json; "source" says what it is
+    profile: dict  # how it is drawn where no flag says otherwise
 
 
 def read_class_folders(root: Path) -> dict[str, Classes]:
@@ -57,10 +57,3 @@ def left_out(root: Path, splits: dict[str, Classes]) -> list[str]:
     found = (path for path in root.rglob("*") if path not in used and not path.is_dir())
     names = sorted(str(path.relative_to(root)) for path in found)
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
-
-
-def refuse_unknown_classes(splits: dict[str, Classes], root: Path) -> None:
-    for split, classes in splits.items():
-        if unknown := classes.keys() - splits["train"].keys():
-            shown = told_apart(unknown, splits["train"])
-            raise Refused(f"{root / split} holds classes that train/ lacks: {shown}; remove or move them")

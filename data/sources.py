@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import IMAGE_SUFFIXES, read_about
+from data.folders import IMAGE_SUFFIXES, read_about, refuse_unknown_classes
 from data.mini_imagenet import read_mini_imagenet
 from data.pickles import load_arrays
 from data.preparation import WRITTEN
-from data.source_folders import Source, left_out, read_class_folders, refuse_unknown_classes
+from data.source_folders import Source, left_out, read_class_folders
 from engine.console import warn
 from engine.errors import Refused
 

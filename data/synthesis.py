@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folders import ImageFolders, Split
+from data.folders import ImageFolders, Split, known_names
 from data.long_tail import sha256_of
 from data.preparation import try_lock
-from data.wordnet import MINI_IMAGENET_NAMES
 from engine.console import warn
 from engine.errors import Failed, Refused
 from engine.files import append_line, read_json, read_json_lines, write_json_lines
@@ -64,14 +63,14 @@ def prompt_names(folders: ImageFolders, names_file: Path | None) -> tuple[list[s
     ``names_file`` is a JSON object {class: name}; then dataset.json, WordNet's names of mini-ImageNet, and the folder's
     name with spaces for underscores.
     """
-    known = {**MINI_IMAGENET_NAMES, **folders.about.get("readable_names", {})}
+    known = known_names(folders.about)
     if names_file is not None:
         if not names_file.is_file():
             raise Refused(f"--class_names {names_file} does not exist; it is a JSON object {{class: name}}")
         known |= read_json(names_file)
     names = [known.get(name, name.replace("_", " ")) for name in folders.classes]
     if odd := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise Refused(f"{names_file}: {odd[0]!r} is no name of a class; mend it")
+        raise Refused(f"{names_file or folders.root / 'dataset.json'}: {odd[0]!r} is no name of a class; mend it")
     return names, [name for name in folders.classes if name not in known]
 
 

@@ -80,7 +80,9 @@ def launch() -> str | None:
 
 
 def failed(sentence: str) -> BaseException:
-    """What each process raises about something that all of them know: the main one says it, the others end alike."""
+    """What each process raises about something that all of them know, when the main one has written what it had to:
+    that one says it, the others end alike."""
+    barrier()  # torchrun ends all of them with the first
     return Failed(sentence) if is_main() else SystemExit(Failed.exit_code)
 
 

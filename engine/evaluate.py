@@ -64,6 +64,11 @@ def default_head(flags: dict) -> str:
     return "ncm" if predicts_by_class_means(argparse.Namespace(**flags)) else "main"
 
 
+def head_in_words(predict_with: str) -> str:
+    words = {"main": "the main head", "mean": "the mean of all heads", "ncm": "the nearest class mean"}
+    return words.get(predict_with, f"the {predict_with} head")
+
+
 def chosen_logits(
     predictions: Predictions, predict_with: str, class_means: np.ndarray | None, scale: float
 ) -> np.ndarray:

@@ -66,7 +66,7 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     if default is not None and not path.is_file():
         return default
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is not JSON ({error}); mend it or remove it") from None
     if not isinstance(content, dict):

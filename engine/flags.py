@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
-            return shlex.split(arg_line, comments=True)
+            return shlex.split(arg_line.removeprefix("\ufeff"), comments=True)  # a byte order mark
         except ValueError as error:
             self.error(f"in a file of flags, {error}: {arg_line.strip()}")
 

@@ -78,9 +78,9 @@ def calibration_bins(
     return rows, np.bincount(index, confidence, bins) / size, np.bincount(index, correct, bins) / size
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Mean distance of confidence and accuracy over equally wide bins, weighted by their rows (Guo et al., 2017)."""
-    rows, mean_confidence, accuracy = calibration_bins(confidence, correct, bins)
+    rows, mean_confidence, accuracy = calibration_bins(confidence, correct)
     return float(np.nansum(rows * np.abs(mean_confidence - accuracy)) / len(confidence))
 
 

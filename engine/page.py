@@ -14,6 +14,7 @@ import numpy as np
 from data.images import read_image
 from engine.curves import accuracy_curve, loss_curves
 from engine.errors import Refused
+from engine.evaluate import head_in_words
 from engine.files import write_atomically
 from engine.flags import command_line
 from engine.metrics import calibration_bins, per_class
@@ -74,7 +75,6 @@ def write_page(
     rows = class_rows(predictions, record, groups)
     order = [row["index"] for row in rows]
     largest = max(row["train"] for row in rows)
-    confusion = predictions.confusion[order][:, order]
     defaults = default_flags()
     page = template(TEMPLATE).render(
         run=name,
@@ -86,7 +86,7 @@ def write_page(
         num_synthetic=sum(row["synthetic"] for row in rows),
         labelled=len(rows) <= LABELLED_CLASSES,
         count_ticks=[(count_height(count, largest), f"{count:,}") for count in 10 ** np.arange(7) if count <= largest],
-        cells=list(matrix_cells(confusion)) if len(rows) <= MATRIX_CLASSES else [],
+        cells=list(matrix_cells(predictions.confusion[order][:, order])) if len(rows) <= MATRIX_CLASSES else [],
         pairs=pairs(predictions, record["readable_names"]),
         mistakes=mistakes(predictions, record["readable_names"]),
         num_wrong=int((predictions.targets != predictions.predicted).sum()),
@@ -107,6 +107,7 @@ def template(path: Path) -> jinja2.Template:
     )
     environment.filters["percent"] = lambda share, digits=1: f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
     environment.filters["figure"] = figure
+    environment.filters["in_words"] = head_in_words
     environment.filters["short"] = lambda name, length: name if len(name) <= length else f"{name[: length - 1]}…"
     return environment.from_string(path.read_text())
 
@@ -174,10 +175,12 @@ def pairs(predictions: JudgedImages, names: list[str]) -> list[dict]:
     """The confusions of one class with another that befell most images, with the surest of these images."""
     targets, predicted, confusion = predictions.targets, predictions.predicted, predictions.confusion
     wrong = confusion - np.diag(confusion.diagonal())
-    shares = wrong / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    order = np.lexsort((-shares.ravel(), -wrong.ravel()))  # most images first, then the larger share
+    cells = np.argwhere(wrong)
+    number = wrong[tuple(cells.T)]
+    share = number / confusion.sum(axis=1)[cells[:, 0]]
+    order = np.lexsort((-share, -number))[:PAIRS]  # most images first, then the larger share
     found = []
-    for true, guess in zip(*np.unravel_index(order[: min(PAIRS, np.count_nonzero(wrong))], wrong.shape), strict=True):
+    for true, guess in cells[order]:
         rows = surest(predictions, (targets == true) & (predicted == guess), PAIR_IMAGES)
         found.append(
             {
@@ -185,7 +188,7 @@ def pairs(predictions: JudgedImages, names: list[str]) -> list[dict]:
                 "predicted": names[guess],
                 "number": int(wrong[true, guess]),
                 "of": int(confusion[true].sum()),
-                "share": float(shares[true, guess]),
+                "share": float(wrong[true, guess] / confusion[true].sum()),
                 "images": [shown(predictions, row, names) for row in rows],
             }
         )

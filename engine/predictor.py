@@ -11,6 +11,7 @@ import torch
 from data.build import build_evaluation_loader
 from data.folders import ImageFolders, Split, read_known_classes
 from data.loaders import EvaluationLoader
+from engine import distributed
 from engine.console import warn
 from engine.errors import Refused
 from engine.evaluate import chosen_logits, class_means, default_head, predict
@@ -76,16 +77,20 @@ class Predictor:
         return Answers(logits, predictions.features)
 
     def loader(self, split: Split) -> EvaluationLoader:
-        return build_evaluation_loader(self.args, split, pixels_of(self.record), self.device)
+        pixels = pixels_of(self.record)
+        return distributed.together(lambda: build_evaluation_loader(self.args, split, pixels, self.device))
 
     def folders(self, split: str) -> ImageFolders:
         """The data set, by default the run's own; `Refused` without images in ``split``."""
-        args, flags = self.args, self.record["flags"]
-        root = args.data_dir or Path(flags["data_dir"])
-        if args.data_dir is not None and args.list_dir is None and flags["list_dir"] and not (root / split).is_dir():
-            raise Refused(f"{root / split} does not exist, and the run knows its images by lists; give --list_dir, too")
-        list_dir = args.list_dir or (Path(flags["list_dir"]) if flags["list_dir"] and args.data_dir is None else None)
-        return read_known_classes(root, list_dir, split, self.record["classes"])
+        args, (root, list_dir) = self.args, self._own_data()
+        if args.data_dir is not None:
+            root = args.data_dir
+            if list_dir and args.list_dir is None and not (root / split).is_dir():
+                raise Refused(
+                    f"{root / split} does not exist, and the run knows its images by lists; give --list_dir, too"
+                )
+            list_dir = None
+        return read_known_classes(root, args.list_dir or list_dir, split, self.record["classes"])
 
     def answers_by(self) -> dict:
         """What its answers depend on beside images and weights, in words and numbers that last."""
@@ -107,13 +112,16 @@ class Predictor:
         content = f"-{hashlib.sha256(self.test_prior.tobytes()).hexdigest()[:8]}" if path.is_file() else ""
         return f"{suffix}_prior_{path.stem}{content}"
 
+    def _own_data(self) -> tuple[Path, Path | None]:
+        """The data folder that the run was trained on, and its folder of lists."""
+        flags = self.record["flags"]
+        return Path(flags["data_dir"]), Path(flags["list_dir"]) if flags["list_dir"] else None
+
     def _class_means(self) -> np.ndarray:
-        flags, args = self.record["flags"], self.args
-        own = Path(flags["data_dir"]), flags["list_dir"] and Path(flags["list_dir"])
-        moved = args.data_dir is not None and not own[0].is_dir()  # what --data_dir names may be other images
-        if moved:
-            warn(f"{own[0]} is gone: the class means are those of the training images in {args.data_dir}")
-        root, list_dir = (args.data_dir, args.list_dir) if moved else own
+        args, (root, list_dir) = self.args, self._own_data()
+        if args.data_dir is not None and not root.is_dir():  # else it may name other images
+            warn(f"{root} is gone: the class means are those of the training images in {args.data_dir}")
+            root, list_dir = args.data_dir, args.list_dir
         try:
             folders = read_known_classes(root, list_dir, "train", self.record["classes"])
         except Refused as error:

@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from data.folders import ImageFolders
 from engine.console import number_of_classes, printable
+from engine.evaluate import head_in_words
 from engine.figures import plot_accuracy_by_class, plot_confusion, plot_features, plot_reliability
 from engine.files import read_json, write_atomically, write_json
 from engine.metrics import confusion_matrix, per_class
@@ -76,8 +77,7 @@ def write_report(
 def table(result: dict) -> str:
     """The metrics as text: percentages with their 95 % interval, NLL in nats."""
     lines = [f"{result['n']} {result['split']} images of {number_of_classes(result['classes_tested'])}"]
-    by = {"main": "the main head", "ncm": "the nearest class mean", "mean": "the mean of all heads"}
-    by = by.get(result["predict_with"], f"the {result['predict_with']} head")
+    by = head_in_words(result["predict_with"])
     lines.append(f"{result['weights']} weights, of epoch {result['epoch']}; predicted by {by}")
     for name in (*PERCENT, "nll", "brier"):
         if name in result:

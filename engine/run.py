@@ -76,12 +76,12 @@ class RunFolder:
     def __init__(self, args: argparse.Namespace):
         self.path = args.root_model / run_name(args)
         self.events = args.root_log / run_name(args)  # for TensorBoard
-        self.had_run = (self.path / "args.json").exists()
+        self.found = self._begun_run()
         self.launch, restarted = distributed.launch(), False
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # of a run that this launch has begun
             restarted = files.read_json(self.path / "args.json", default={}).get("launch") == self.launch
         self.record = None
-        if self.had_run and (restarted or not args.overwrite):
+        if self.found and (restarted or not args.overwrite):
             self.record = read_record(self.path)
             if "tau" in self.record:
                 raise Refused(
@@ -100,7 +100,7 @@ class RunFolder:
             )
         if self.record is None and args.weights and not args.weights.is_file():
             raise Refused(f"--weights {args.weights} is no file; give a state dict")
-        foreign = [] if self.had_run else self._own_files()
+        foreign = [] if self.found else self._own_files()
         if foreign:
             raise Refused(f"{foreign[0]} is there without args.json; move it away or choose another --run_name")
         if (there := next(path for path in (self.events, *self.events.parents) if path.exists())).is_file():
@@ -110,9 +110,14 @@ class RunFolder:
         """All that a run and its tests write, and that a fresh start removes."""
         return [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]
 
+    def _begun_run(self) -> bytes:
+        """The record of the run that is here now; empty without one."""
+        path = self.path / "args.json"
+        return path.read_bytes() if path.is_file() else b""
+
     def check_unchanged(self) -> None:
         """Called with the lock held: `Failed` when another process has begun a run here since this one looked."""
-        if (self.path / "args.json").exists() != self.had_run:
+        if self._begun_run() != self.found:
             raise Failed(f"another process has begun a run in {self.path} meanwhile; give the command again")
 
     def _check_flags(self, args: argparse.Namespace) -> None:
@@ -229,7 +234,6 @@ class RunFolder:
         state.save(self.path)
         if distributed.is_main():
             files.write_json(self.path / "nonfinite.json", report)
-        distributed.barrier()
         return distributed.failed(
             f"{', '.join(report['bad']) or 'a gradient'} is not finite in epoch {state.epoch}, step {error.step}; its "
             f"{len(report['files'])} images are listed in {self.path / 'nonfinite.json'} and the state before it is "

@@ -61,7 +61,7 @@ def unmoved_centers(row: dict[str, float]) -> list[str]:
     """A warning when rows are generated from centres that are still where they began: at 0, |F - mu| / |F| is 1."""
     if row["generated_rows"] and row["rsg_center_distance"] > 0.99:
         distance = f"mean |F - mu| / |F| is {row['rsg_center_distance']:.3f}"
-        return [f"RSG's centres have hardly moved: {distance}; try a higher --lr"]
+        return [f"RSG's centres have hardly moved: {distance}; try a higher --lr or --rsg_cesc_weight"]
     return []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.audit import audit
 from data.audit_report import save_distribution, summary_lines
-from data.folders import read_about
+from data.folders import known_names, read_about
 from data.listing import ACT, listing
 from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
@@ -50,7 +50,7 @@ def main(args) -> None:
 
 def check(root: Path, list_dir: Path | None, output: Path, workers: int, near_limit: int) -> int:
     """Print and write the audit of ``root``; returns how many findings must be acted on."""
-    readable = read_about(root).get("readable_names", {})
+    readable = known_names(read_about(root))
     findings, figures = audit(listing(root, list_dir), workers, near_limit)
     say("\n".join(summary_lines(root, findings, figures)))
     output.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help="what")
     add_device(parser)
     parser.add_argument("--json", type=given_path, metavar="FILE", help="write all repeats there")
-    parser.add_argument("--repeats", type=number_in(1, kind=int), default=5, metavar="N", help="of everything")
+    halved = "of a row; of memory, scaling and epochs half as many"
+    parser.add_argument("--repeats", type=number_in(1, kind=int), default=5, metavar="N", help=halved)
     add_switch(parser, "--quick", False, "tiny sizes: a smoke test")
     parser.add_argument("--amp", choices=AMP, default="off", help="of both sides of step, memory and epoch")
     parser.add_argument("--channels_last", choices=CHANNELS_LAST, default="auto", help="likewise")

@@ -108,7 +108,8 @@ def rescale(args: argparse.Namespace) -> None:
             raise Refused(f"{folders.root} does not hold the images of {args.parent}; tau is chosen on its own val/")
         if "val" not in folders.splits:
             raise Refused(f"{folders.root} has no val/ images of the run's classes to choose tau on; give --tau")
-        loader = build_evaluation_loader(args.training, folders.splits["val"], pixels_of(record), device)
+        val, pixels = folders.splits["val"], pixels_of(record)
+        loader = distributed.together(lambda: build_evaluation_loader(args.training, val, pixels, device))
         predictions = predict(model, loader, None, "validation")
         scores = scores_by_tau(tau_normalising(head), Labelled(predictions.logits["main"], predictions.targets))
         for tau, score in scores.items():

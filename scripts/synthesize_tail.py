@@ -134,7 +134,7 @@ def build_plan(args, folders: ImageFolders) -> tuple[list[str], Plan]:
         args.guidance,
         args.scheduler,
         args.size,
-        args.saved_size or own_size(folders.splits["train"].paths),
+        args.saved_size or own_size(folders.splits["train"].paths)[0],
     )
     wanted = wanted_images(folders.class_counts, args.target)
     return names, Plan(folders, names, wanted, args.max_candidates, recipe)

@@ -89,7 +89,7 @@ def test_a_class_too_small_for_balanced_splits_is_refused_by_name():
 
 
 def test_the_class_order_says_which_class_is_large(tmp_path):
-    (tmp_path / "order.txt").write_text("c\na\n\nb\n")
+    (tmp_path / "order.txt").write_text("\N{BYTE ORDER MARK}c\na\n\nb\n")
     order = resolved_class_order(str(tmp_path / "order.txt"), ["a", "b", "c"], 0)
     drawn = draw({"train": pool(a=100, b=100, c=100)}, Profile("exp", 100, class_order=order))
     assert {name: len(images) for name, images in drawn["train"].items()} == {"c": 100, "a": 10, "b": 1}

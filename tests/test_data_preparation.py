@@ -174,7 +174,9 @@ def test_overwrite_deletes_nothing_that_was_added(tmp_path, photos, capsys):
     assert (tmp_path / "out/synthetic").is_dir()
 
 
-@pytest.mark.parametrize("added", ["train/new/a.png", "train/a/notes.txt", "val/labels.csv"])
+@pytest.mark.parametrize(
+    "added", ["train/new/a.png", "train/a/notes.txt", "val/labels.csv", "train/a/.labels.csv", ".notes"]
+)
 def test_overwrite_deletes_nothing_that_was_added_to_a_split(tmp_path, photos, capsys, added):
     words = ["folder", "--source", photos, "--output", tmp_path / "out"]
     prepare(*words)
@@ -182,6 +184,31 @@ def test_overwrite_deletes_nothing_that_was_added_to_a_split(tmp_path, photos, c
     (tmp_path / "out" / added).write_text("mine")
     assert f"holds {added}, which" in error_of(capsys, *words, "--data_seed", 1, "--overwrite")
     assert (tmp_path / "out" / added).read_text() == "mine"
+
+
+def test_overwrite_replaces_what_file_managers_leave_and_says_what_becomes_of_dataset_json(tmp_path, photos, capsys):
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    prepare(*words)
+    for litter in (".DS_Store", "train/a/._0.png"):
+        (tmp_path / "out" / litter).touch()
+    (tmp_path / "out/dataset.json").write_text('{"hflip": false}')
+    capsys.readouterr()
+    prepare(*words, "--data_seed", 1, "--overwrite")
+    assert "dataset.json, which was another one, is replaced" in capsys.readouterr().out
+    assert not (tmp_path / "out/.DS_Store").exists()
+    prepare(*words, "--data_seed", 2, "--overwrite")
+    assert "dataset.json" not in capsys.readouterr().out
+
+
+def test_where_a_link_leads_is_replaced_and_not_the_link(tmp_path, photos):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large/set")
+    words = ["folder", "--source", photos, "--output", tmp_path / "out"]
+    for more in ([], ["--data_seed", 1, "--overwrite"]):
+        prepare(*words, *more)
+        assert (tmp_path / "out").is_symlink()
+        assert [path.name for path in (tmp_path / "large").iterdir()] == ["set"]
+    assert len(snapshot(tmp_path / "out")) == len(snapshot(tmp_path / "large/set"))
 
 
 def test_files_that_are_left_out_are_counted(tmp_path, photos, capsys):

@@ -274,15 +274,21 @@ def test_processes_that_find_different_states_refuse_to_go_on(tmp_path, tiny_dat
     assert "do not find the same state" in line
 
 
-def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(tmp_path, tiny_dataset):
+@pytest.fixture
+def run_in_one_step(tmp_path, tiny_dataset):
+    """The test script's flags for a run of one step."""
     flags = ["--root_model", str(tmp_path), "--device", "cpu"]
     train = ["--data_dir", str(tiny_dataset), "--root_log", str(tmp_path / "log"), "--run_name", "run", "--seed", "0"]
     train += ["--arch", "resnet32", "--epochs", "1", "--max_steps", "1"]
     imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, *train]))
+    return [*flags, "--model_dir", "run"]
+
+
+def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(tmp_path, tiny_dataset, run_in_one_step):
     folder = tiny_dataset / "test" / "rare"
     for name in ("a.png", "test_1.png"):
         (folder / name).write_bytes(b"no image")
-    asked = [*flags, "--model_dir", "run", "--images", str(folder)]
+    asked = [*run_in_one_step, "--images", str(folder)]
     with pytest.raises(SystemExit, match="1"):
         imagenet_lt_test.main(imagenet_lt_test.parse_args(asked))
     table = tmp_path / "run" / "predict" / "rare.csv"
@@ -293,3 +299,12 @@ def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(tmp_p
         line.split(",")[:2] for line in alone.splitlines()
     ]
     assert alone.count("\n") == 5
+
+
+def test_a_broken_image_in_the_share_of_one_process_is_said_by_the_first(tmp_path, tiny_dataset, run_in_one_step):
+    broken = sorted((tiny_dataset / "test").glob("*/*"))[1]
+    broken.write_bytes(b"no image")
+    result = torchrun(2, "imagenet_lt_test.py", *run_in_one_step)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert str(broken) in line

@@ -78,6 +78,8 @@ def test_json_is_read_as_it_was_written(tmp_path):
     content = {"name": "größe", "numbers": [1, 0.1, None], "deep": {"flag": True}}
     write_json(tmp_path / "a.json", content)
     assert read_json(tmp_path / "a.json") == content == json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "b.json").write_text("\N{BYTE ORDER MARK}" + (tmp_path / "a.json").read_text())
+    assert read_json(tmp_path / "b.json") == content
 
 
 @pytest.mark.parametrize("content", [b"", b'{"half": ', b"\xff\xfe\x00"])

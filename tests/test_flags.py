@@ -156,9 +156,11 @@ def test_help_shows_the_description_and_every_default():
 
 def test_flags_are_read_from_a_file_with_comments_quotes_and_blank_lines(tmp_path):
     recipe = tmp_path / "recipe.txt"
-    recipe.write_text("# a recipe\n\n--on False  # off\n--many 1 2.5 3\n--word 'two words'\n--count=7\n")
+    recipe.write_text(
+        "\N{BYTE ORDER MARK}# a recipe\n\n--on False  # off\n--many 1 2.5\n--word 'two words'\n--count=7\n"
+    )
     args = parse(f"@{recipe}")
-    assert (args.on, args.many, args.word, args.count) == (False, [1, 2.5, 3], "two words", 7)
+    assert (args.on, args.many, args.word, args.count) == (False, [1, 2.5], "two words", 7)
 
 
 def test_a_flag_after_the_file_overrides_it_and_one_before_does_not(tmp_path):

@@ -50,6 +50,10 @@ def test_what_a_recipe_switches_on_can_be_switched_off(name, words, off):
     assert vars(parse(name, *words.split())) == vars(parse(name)) | off
 
 
+def test_the_wide_recipe_differs_from_cifar_best_in_its_network_alone():
+    assert vars(parse("cifar_best_x4")) == vars(parse("cifar_best")) | {"arch": "resnet32_x4"}
+
+
 def test_the_original_recipe_is_the_defaults_at_224_px():
     changed = {"img_size": 224}
     assert vars(parse("original")) == vars(imagenet_lt_train.parse_args([])) | changed

@@ -17,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import imagenet_lt_test
 import imagenet_lt_train
+from engine.errors import Failed
 from engine.record import sessions
+from engine.run import RunFolder
 from engine.state import TrainingState, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -462,3 +464,17 @@ def test_divergence_in_the_last_step_is_one_line(tmp_path, tiny_dataset, capsys)
         train(tmp_path, tiny_dataset, "--batch_size", "400", "--lr", "1e6")
     assert error.value.code == 1
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2  # a warning about correcting twice, and the error
+
+
+@pytest.mark.parametrize("there", [b"", b"{}"])
+def test_a_run_that_another_process_has_begun_since_this_one_looked_is_not_replaced(tmp_path, tiny_dataset, there):
+    record = tmp_path / "run" / "args.json"
+    if there:
+        record.parent.mkdir()
+        record.write_bytes(there)
+    run = RunFolder(imagenet_lt_train.parse_args(flags_for(tmp_path, tiny_dataset, "--overwrite")))
+    run.check_unchanged()
+    record.parent.mkdir(exist_ok=True)
+    record.write_text('{"another": "run"}')
+    with pytest.raises(Failed, match="another process has begun a run"):
+        run.check_unchanged()

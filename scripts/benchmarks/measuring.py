@@ -23,7 +23,7 @@ class Bench(NamedTuple):
     repeats: int
     cores: int
     quick: bool  # sizes for a smoke test: the ratios mean nothing
-    amp: str  # of both sides of "step" and "memory"
+    amp: str  # of both sides of "step", "memory" and "epoch"
     channels_last: str
     compile: bool
 
