@@ -17,6 +17,7 @@ from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.guard import NonFiniteGuard
+from engine.hardware import masks_updates
 from engine.interrupt import StopSignal
 from engine.optim import (
     build_average,
@@ -61,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
+    if not masks_updates(device):
+        raise Refused(f"--device {device.type}: this torch applies updates that are not finite; update it, or use cpu")
     if args.sync_bn and device.type != "cuda":
         raise Refused("--sync_bn works on GPUs only; leave it out on a CPU")
     folders = distributed.together(lambda: read_data(args))

@@ -212,4 +212,4 @@ class EvaluationLoader:
         for images, batch in zip(self.source.read(keys), keys, strict=True):
             images = self.pixels.normalized_(to_device(images, self.device) / 255)
             indices = torch.tensor([self.own[i] for i in batch], dtype=torch.long)
-            yield Batch(images, self.targets[indices].to(self.device), indices)
+            yield Batch(images, to_device(self.targets[indices], self.device), indices)

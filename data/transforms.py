@@ -112,7 +112,7 @@ def cutout(images: Tensor, draws: Tensor) -> Tensor:
     """A black square of half the side around a point anywhere in the image, cut off at the border (DeVries and Taylor,
     "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, where it is 16 of 32 px)."""
     size = images.shape[-1]
-    centers = (draws[:, [HOLE_TOP, HOLE_LEFT], None] * size).long()  # [B, 2, 1]
+    centers = (draws[:, HOLE_TOP : HOLE_LEFT + 1, None] * size).long()  # [B, 2, 1]
     distance = torch.arange(size, device=images.device) - centers
     inside = (distance >= -(size // 4)) & (distance < size // 4)  # [B, 2, S]
     return images.masked_fill(inside[:, 0, None, :, None] & inside[:, 1, None, None, :], 0)

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import Failed, Refused
-from engine.hardware import keep_freed_memory
+from engine.hardware import keep_freed_memory, masks_updates
 
 
 def start(device_name: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device for ``--device``. On a CPU
     the process keeps the memory that it frees."""
     if device_name == "auto":
-        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ
+        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ and masks_updates("mps")
         device_name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device(device_name)
     if device.type == "cpu":
@@ -38,7 +38,8 @@ def start(device_name: str) -> torch.device:
         torch.backends.cudnn.allow_tf32 = False  # float32 is what --amp off says; TF32 would round to 10 bits
         torch.backends.cuda.matmul.allow_tf32 = False
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device
 
 
@@ -149,9 +150,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, this one's first; gradients flow back to the process each row came from."""
     if not dist.is_initialized():
         return rows
-    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    counts = [int(count) for count in counts]
+    counts = _gather_blocks(torch.full((1,), len(rows), device=rows.device)).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     blocks = _GatherBlocks.apply(padded) if rows.requires_grad else _gather_blocks(padded)
     blocks = [block[:count] for block, count in zip(blocks.chunk(world_size()), counts, strict=True)]

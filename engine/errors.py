@@ -65,7 +65,7 @@ def _sentence(error: Exception) -> str:
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return f"the backbone cannot be compiled here ({' '.join(str(error).split())[:200]}); leave out --compile"
     if isinstance(error, RuntimeError):
-        if type(error).__name__ == "DistBackendError":  # NCCL's
+        if type(error).__name__ == "DistBackendError" or "NCCL" in str(error):
             what = str(error).strip().splitlines()[-1]
             return f"another process of the launch ended, or the GPUs find no way to each other ({what})"
         if "shared memory" in str(error):

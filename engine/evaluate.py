@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.loaders import Batch
 from engine import distributed, metrics
 from engine.console import progress
+from engine.transfer import to_device
 from losses import predicts_by_class_means
 from models.heads import MARGIN_HEADS
 
@@ -39,7 +40,7 @@ def predict(
             features.append(output.features.float())
         logits.append(output.logits)
         targets.append(batch.targets)
-        indices.append(batch.indices.to(batch.targets.device))
+        indices.append(to_device(batch.indices, batch.targets.device))
     _, order = np.unique(distributed.gather_rows(torch.cat(indices)).cpu().numpy(), return_index=True)
 
     def gathered(rows: list[Tensor]) -> np.ndarray:

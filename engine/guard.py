@@ -32,8 +32,12 @@ class NonFiniteGuard:
         averaged: nn.Module | None = None,
     ):
         self.accumulate_steps = accumulate_steps  # batches of one update
-        self.buffers = [*model.buffers(), *(averaged.state_dict().values() if averaged is not None else ())]
-        self.snapshots = [[buffer.clone() for buffer in self.buffers] for _ in range(2)]
+        buffers = [*model.buffers(), *(averaged.state_dict().values() if averaged is not None else ())]
+        alike = {(each.device, each.dtype): [] for each in buffers}  # those are copied by one kernel
+        for each in buffers:
+            alike[each.device, each.dtype].append(each)
+        self.buffers = list(alike.values())
+        self.snapshots = [[[each.clone() for each in group] for group in self.buffers] for _ in range(2)]
         device = next(model.parameters()).device
         self.poison = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
@@ -48,10 +52,11 @@ class NonFiniteGuard:
             self.poison = torch.where(masked > 0, torch.nan, self.poison)
 
     def before_forward(self, step: int) -> None:
-        if self.buffers and step % self.accumulate_steps == 0:
-            torch._foreach_copy_(self._snapshot(step), self.buffers)
+        if step % self.accumulate_steps == 0:
+            for snapshot, buffers in zip(self._snapshot(step), self.buffers, strict=True):
+                torch._foreach_copy_(snapshot, buffers)
 
-    def _snapshot(self, step: int) -> list[Tensor]:
+    def _snapshot(self, step: int) -> list[list[Tensor]]:
         return self.snapshots[step // self.accumulate_steps % 2]
 
     def poisoned(self, loss: Tensor) -> Tensor:
@@ -77,8 +82,8 @@ class NonFiniteGuard:
 
     def restore(self, step: int) -> None:
         """Buffers as they were before the update that ``step``, one of the last two, belongs to."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self._snapshot(step))
+        for buffers, snapshot in zip(self.buffers, self._snapshot(step), strict=True):
+            torch._foreach_copy_(buffers, snapshot)
 
     def take_skipped(self) -> Tensor:
         """Updates skipped since the last call, on the device."""

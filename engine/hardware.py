@@ -28,6 +28,21 @@ def hardware(device: torch.device) -> str:
     return f"{cores} of {cpu_name()}{', its GPU' if device.type == 'mps' else ''}"
 
 
+def masks_updates(device: torch.device) -> bool:
+    """Whether torch's fused optimisers leave out an update that the gradient scaler has found not finite. With MPS they
+    applied it, or raised (pytorch#186360)."""
+    parameter = torch.zeros(1, device=device, requires_grad=True)
+    parameter.grad = torch.full_like(parameter, torch.nan)
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        optimizer = kind([parameter], lr=1.0, fused=True)
+        optimizer.found_inf = torch.ones((), device=device)
+        try:
+            optimizer.step()
+        except RuntimeError:
+            return False
+    return bool(parameter.isfinite())
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep for the next step what a step frees, but for blocks of 32 MB and more.
 

@@ -37,6 +37,7 @@ class StopSignal:
         if received := self._of_all(device):
             self.received = received  # also where another process got it: see __exit__
             say(f"stopped by {signal.Signals(received).name} in {where}; saved, --resume goes on")
+            distributed.stop()
             raise SystemExit(128 + received)
 
     def _of_all(self, device: torch.device) -> int:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
@@ -201,14 +201,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """The exponential moving average of the model over its updates, running statistics included."""
-    if decay is None:
-        return None
-    floating = get_ema_multi_avg_fn(decay)
+    return None if decay is None else MovingAverage(model, decay)
 
-    def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        if averaged[0].is_floating_point():
-            floating(averaged, current, updates)
-        else:  # counts, of which a mean would be cut to a whole number
-            torch._foreach_copy_(averaged, current)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+class MovingAverage(AveragedModel):
+    """`AveragedModel` with an update that does not wait for the device, to which its own one copies their number."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        own, given = [*self.module.parameters(), *self.module.buffers()], [*model.parameters(), *model.buffers()]
+        means, taken = [], []
+        for pair in zip(own, given, strict=True):
+            # a mean of counts would be cut to a whole number
+            (means if self.n_averaged and pair[0].is_floating_point() else taken).append(pair)
+        if means:
+            torch._foreach_lerp_(*map(list, zip(*means, strict=True)), 1 - self.decay)
+        if taken:
+            torch._foreach_copy_(*map(list, zip(*taken, strict=True)))
+        self.n_averaged += 1

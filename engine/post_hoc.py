@@ -33,8 +33,8 @@ def tau_normalised(logits: np.ndarray, norms: np.ndarray, bias: np.ndarray, tau:
 
 def tau_normalising(head: Linear) -> Callable[[np.ndarray, float], np.ndarray]:
     """`tau_normalised` for logits of ``head``."""
-    norms = head.weight.detach().double().norm(dim=1).cpu().numpy()
-    bias = head.bias.detach().double().cpu().numpy()
+    norms = head.weight.detach().cpu().double().norm(dim=1).numpy()
+    bias = head.bias.detach().cpu().double().numpy()
     return lambda logits, tau: tau_normalised(logits, norms, bias, tau)
 
 

@@ -145,7 +145,7 @@ def epoch_row(state: TrainingState, views: int) -> dict[str, float]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of the device's allocator with CUDA, of the whole process otherwise."""
+    """Since the process began, validation included: of CUDA's allocator, or of the whole process without CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

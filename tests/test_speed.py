@@ -20,9 +20,10 @@ import imagenet_lt_train
 from data import build, loaders
 from data.folders import read_image_folders
 from data.loaders import Batch, Pixels, TrainingLoader
-from data.transforms import DRAWS
+from data.transforms import DRAWS, POLICY_DRAWS, cutout
 from engine.guard import NonFiniteGuard
-from engine.optim import build_optimizer
+from engine.hardware import masks_updates
+from engine.optim import build_average, build_optimizer
 from engine.precision import build_scaler, is_channels_last
 from engine.state import TrainingState
 from engine.train import NonFiniteLoss, train_one_epoch
@@ -317,16 +318,23 @@ def test_a_step_asks_for_no_value_but_the_guards_and_the_kinds_of_rows(generatin
     assert dict(waits.counts) == expected
 
 
+def test_fused_optimisers_mask_updates_that_are_not_finite():
+    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
+        assert masks_updates(torch.device(device))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("generating", [False, True])
 def test_no_step_waits_for_the_gpu(generating):
     device = torch.device("cuda", 0)
     steps = TrainingSteps(flags(f"--arch resnet32 --img_size 16 {EVERYTHING}"), COUNTS, device, generating)
+    steps.state.averaged = build_average(steps.state.model, 0.9)
     steps(batches(2, device=device), 2)
-    shown = batches(4, device=device)
+    shown, draws = batches(4, device=device), torch.rand(7, len((*DRAWS, *POLICY_DRAWS)), device=device)
     torch.cuda.set_sync_debug_mode("error")
     try:
         steps(shown, 4)
+        cutout(shown[0].images, draws)
     finally:
         torch.cuda.set_sync_debug_mode("default")
