@@ -20,7 +20,8 @@ def start(device_name: str) -> torch.device:
     """Join the processes that torchrun started, if it did, and return this one's device for ``--device``. On a CPU
     the process keeps the memory that it frees."""
     if device_name == "auto":
-        mps = torch.backends.mps.is_available() and "WORLD_SIZE" not in os.environ and masks_updates(torch.device("mps"))
+        alone = "WORLD_SIZE" not in os.environ
+        mps = alone and torch.backends.mps.is_available() and masks_updates(torch.device("mps"))
         device_name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device(device_name)
     if device.type == "cpu":
