@@ -180,15 +180,16 @@ def pairs(predictions: JudgedImages, names: list[str]) -> list[dict]:
     share = number / confusion.sum(axis=1)[cells[:, 0]]
     order = np.lexsort((-share, -number))[:PAIRS]  # most images first, then the larger share
     found = []
-    for true, guess in cells[order]:
+    for place in order:
+        true, guess = cells[place]
         rows = surest(predictions, (targets == true) & (predicted == guess), PAIR_IMAGES)
         found.append(
             {
                 "true": names[true],
                 "predicted": names[guess],
-                "number": int(wrong[true, guess]),
+                "number": int(number[place]),
                 "of": int(confusion[true].sum()),
-                "share": float(wrong[true, guess] / confusion[true].sum()),
+                "share": float(share[place]),
                 "images": [shown(predictions, row, names) for row in rows],
             }
         )

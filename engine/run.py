@@ -81,7 +81,7 @@ class RunFolder:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # of a run that this launch has begun
             restarted = files.read_json(self.path / "args.json", default={}).get("launch") == self.launch
         self.record = None
-        if self.found and (restarted or not args.overwrite):
+        if self.found is not None and (restarted or not args.overwrite):
             self.record = read_record(self.path)
             if "tau" in self.record:
                 raise Refused(
@@ -100,7 +100,7 @@ class RunFolder:
             )
         if self.record is None and args.weights and not args.weights.is_file():
             raise Refused(f"--weights {args.weights} is no file; give a state dict")
-        foreign = [] if self.found else self._own_files()
+        foreign = self._own_files() if self.found is None else []
         if foreign:
             raise Refused(f"{foreign[0]} is there without args.json; move it away or choose another --run_name")
         if (there := next(path for path in (self.events, *self.events.parents) if path.exists())).is_file():
@@ -110,10 +110,10 @@ class RunFolder:
         """All that a run and its tests write, and that a fresh start removes."""
         return [path for pattern in (*RUN_FILES, *REPORTS) for path in self.path.glob(pattern)]
 
-    def _begun_run(self) -> bytes:
-        """The record of the run that is here now; empty without one."""
+    def _begun_run(self) -> bytes | None:
+        """The record of the run that is here now."""
         path = self.path / "args.json"
-        return path.read_bytes() if path.is_file() else b""
+        return path.read_bytes() if path.exists() else None
 
     def check_unchanged(self) -> None:
         """Called with the lock held: `Failed` when another process has begun a run here since this one looked."""

@@ -466,10 +466,10 @@ def test_divergence_in_the_last_step_is_one_line(tmp_path, tiny_dataset, capsys)
     assert len(capsys.readouterr().err.strip().splitlines()) <= 2  # a warning about correcting twice, and the error
 
 
-@pytest.mark.parametrize("there", [b"", b"{}"])
+@pytest.mark.parametrize("there", [None, b"", b"{}"])
 def test_a_run_that_another_process_has_begun_since_this_one_looked_is_not_replaced(tmp_path, tiny_dataset, there):
     record = tmp_path / "run" / "args.json"
-    if there:
+    if there is not None:
         record.parent.mkdir()
         record.write_bytes(there)
     run = RunFolder(imagenet_lt_train.parse_args(flags_for(tmp_path, tiny_dataset, "--overwrite")))
