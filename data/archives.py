@@ -31,10 +31,10 @@ def unpacked(path: Path | None, folder: Path) -> Path | None:
 def unpack(archive: Path, folder: Path) -> None:
     """Write the files of ``archive`` below ``folder``; `Refused` at one that would leave it or is no plain file."""
     try:
-        if zipfile.is_zipfile(archive):
-            unpack_zip(archive, folder)
-        elif tarfile.is_tarfile(archive):
+        if tarfile.is_tarfile(archive):  # first: a tar that ends in a zip file would pass for that zip
             unpack_tar(archive, folder)
+        elif zipfile.is_zipfile(archive):
+            unpack_zip(archive, folder)
         else:
             raise Refused(f"{archive} is neither a tar nor a zip archive; give one, or the unpacked folder")
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError) as error:

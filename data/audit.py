@@ -1,6 +1,7 @@
 """Every image of a data folder decoded once: unreadable files, duplicates, class sizes and what they suggest."""
 
 import hashlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.duplicates import exact_duplicates, near_duplicates
+from data.duplicates import near_duplicates
+from data.folders import image_names
 from data.images import read_image
 from data.listing import ACT, HINT, NOTE, Finding, Listing, listing_findings
 from data.split_hash import hash_of_lines
@@ -23,8 +25,8 @@ AGAIN = "prepare the folder again with --overwrite"
 
 def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding], dict]:
     """All findings, the worst first, and the figures of the data set."""
-    names = list(found.names)
-    inspected = inspect_all(list(found.names.values()), workers)
+    paths = image_names(found.root, found.splits)
+    names, inspected = list(paths), inspect_all(list(paths.values()), workers)
     findings = listing_findings(found)
     changed = record_findings(found.root, names, inspected)
     findings += unreadable_findings(found.root, inspected, came_broken=not changed) + changed
@@ -92,12 +94,15 @@ def record_findings(root: Path, names: list[str], inspected: list[Inspected]) ->
 def duplicate_findings(names: list[str], inspected: list[Inspected]) -> list[Finding]:
     """Pairs of equal files, each with the first of its group: a leak between splits is told from one label twice and
     from two labels."""
-    leaks, contradictions, repeats = [], [], []
-    for first, *others in exact_duplicates([None if image.error else image.digest for image in inspected]):
+    groups, leaks, contradictions, repeats = defaultdict(list), [], [], []
+    for name, image in zip(names, inspected, strict=True):
+        if not image.error:
+            groups[image.digest].append(name)
+    for first, *others in groups.values():
         for other in others:
-            (split, label, _), (other_split, other_label, _) = names[first].split("/", 2), names[other].split("/", 2)
+            (split, label, _), (other_split, other_label, _) = first.split("/", 2), other.split("/", 2)
             kind = leaks if split != other_split else contradictions if label != other_label else repeats
-            kind.append(f"{names[first]} = {names[other]}")
+            kind.append(f"{first} = {other}")
     findings = []
     if leaks:
         findings.append(Finding(ACT, f"{len(leaks)} image(s) in two splits; remove one of each pair", leaks))

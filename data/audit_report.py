@@ -55,9 +55,9 @@ def save_distribution(counts: dict[str, dict[str, int]], readable: dict[str, str
         if split in counts:
             heights = [counts[split].get(name, 0) or np.nan for name in order]
             axes.step(range(len(order)), heights, style, color="black", where="mid", label=split)
-    axes.set(
-        yscale="log", ylabel="images", xlabel="class, largest first", xlim=(-0.5, len(order) - 0.5), ylim=(0.7, None)
-    )
+    scale = "log" if sizes.any() else "linear"  # of nothing there is no logarithm
+    axes.set(yscale=scale, ylabel="images", xlabel="class, largest first", xlim=(-0.5, len(order) - 0.5))
+    axes.set_ylim(0.7, None)
     if len(order) <= 120:
         labels = [printable(readable.get(name, name)) for name in order]
         axes.set_xticks(range(len(order)), labels, rotation=90, fontsize=7, parse_math=False)

@@ -39,10 +39,7 @@ class Policy:
         bins = 10 if name == "autoaugment" else self.theirs.num_magnitude_bins
         space = self.theirs._AUGMENTATION_SPACE
         tables = {operation: (values(bins, size, size), signed) for operation, (values, signed) in space.items()}
-        self.magnitudes = {
-            operation: (None if values is None else values.tolist(), signed)
-            for operation, (values, signed) in tables.items()
-        }
+        self.magnitudes = {name: (None if t is None else t.tolist(), signed) for name, (t, signed) in tables.items()}
         self.operations = list(space)
 
     def plan(self, draws: list[float]) -> list[tuple[str, float]]:

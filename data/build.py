@@ -14,7 +14,7 @@ from data.pixel_sources import own_size
 from data.samplers import SAMPLERS
 from data.synthesis import read_kept_images
 from engine import distributed
-from engine.console import say, warn
+from engine.console import first_of, say, warn
 from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, given_path, number_in, resolved_epoch
 from engine.hardware import num_cores
@@ -140,7 +140,7 @@ def check_data(args: argparse.Namespace, folders: ImageFolders) -> None:
         say(f"images     those that {lists / 'train.txt'} and its like list, whatever else lies there")
     for split in ("val", "test"):
         if split in folders.splits and (names := folders.untested(split)):
-            warn(f"no image in {folders.root / split} for {', '.join(names)}: class means are over the other classes")
+            warn(f"no image in {folders.root / split} for {first_of(names)}: class means are over the other classes")
     if "val" not in folders.splits:
         other = next((name for name in LIKE_VAL if (folders.root / name).is_dir()), None)
         hint = f"; {folders.root / other} is not used, its name would have to be val" if other and not lists else ""

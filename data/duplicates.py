@@ -1,6 +1,4 @@
-"""Images that are in a data set twice: byte for byte, or to the eye."""
-
-from collections import defaultdict
+"""Images that look alike without being equal."""
 
 import numpy as np
 from scipy.fft import dctn
@@ -10,14 +8,6 @@ from engine.console import progress
 # Bits of 63: a thousand CIFAR-10 images made 2 % brighter and saved again at JPEG quality 50 moved by 6 at most.
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.97  # between thumbnails: nine of ten pairs with near hashes on CIFAR-10 are only alike
-
-
-def exact_duplicates(digests: list[str | None]) -> list[list[int]]:
-    """Groups of indices with the same digest; None (an unreadable file) equals nothing."""
-    groups = defaultdict(list)
-    for index, digest in enumerate(digests):
-        groups[digest].append(index)
-    return [group for digest, group in groups.items() if digest is not None and len(group) > 1]
 
 
 def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from unicodedata import normalize
 
 from data.image_lists import find_list, read_lists
 from data.wordnet import MINI_IMAGENET_NAMES
+from engine.console import first_of
 from engine.errors import Refused
 from engine.files import read_json
 
@@ -44,18 +45,17 @@ class ImageFolders:
     @property
     def class_counts(self) -> list[int]:
         """Training images by class, in class-index order."""
-        counts = self._by_class(self.splits["train"])
+        counts = self._counts(self.splits["train"])
         if self.count_synthetic:
             counts = [real + made for real, made in zip(counts, self.synthetic_counts, strict=True)]
         return counts
 
     @property
     def synthetic_counts(self) -> list[int]:
-        return self._by_class(self.synthetic or Split([], []))
+        return self._counts(self.synthetic or Split([], []))
 
-    def _by_class(self, split: Split) -> list[int]:
-        counts = Counter(split.targets)
-        return [counts[index] for index in range(len(self.classes))]
+    def _counts(self, split: Split) -> list[int]:
+        return [len(images) for images in self.by_class(split).values()]
 
     @property
     def readable_names(self) -> list[str]:
@@ -67,16 +67,16 @@ class ImageFolders:
         """Whether a mirrored image keeps its class; true unless ``dataset.json`` says otherwise."""
         return self.about.get("hflip", True)
 
+    def by_class(self, split: Split) -> dict[str, list[Path]]:
+        """Class -> its images in ``split``, for every class."""
+        images = {name: [] for name in self.classes}
+        for path, target in zip(*split, strict=True):
+            images[self.classes[target]].append(path)
+        return images
+
     def names(self) -> dict[str, Path]:
         """``split/class/name`` of every image, see `image_names`."""
-        return image_names(
-            self.root,
-            (
-                (split, self.classes[target], path)
-                for split, (paths, targets) in self.splits.items()
-                for path, target in zip(paths, targets, strict=True)
-            ),
-        )
+        return image_names(self.root, {name: self.by_class(split) for name, split in self.splits.items()})
 
     def untested(self, split: str) -> list[str]:
         """Classes without an image in ``split``: class means are taken over the others."""
@@ -130,7 +130,7 @@ def told_apart(names: Iterable[str], classes: Iterable[str]) -> str:
     archives of a Mac write accents apart from their letters."""
     look = {normalize("NFC", name) for name in classes}
     hint = " (rename it: a class has this name in another Unicode form)"
-    return ", ".join(name + (hint if normalize("NFC", name) in look else "") for name in sorted(names))
+    return first_of([name + (hint if normalize("NFC", name) in look else "") for name in sorted(names)])
 
 
 def without_images(folders: list[Path]) -> Refused:
@@ -139,7 +139,7 @@ def without_images(folders: list[Path]) -> Refused:
         for inner in folder.rglob("*/"):
             if image_files(inner) and not any(part.startswith(".") for part in inner.relative_to(folder).parts):
                 return Refused(f"no images in {folder} itself but in {inner}, which is not read; move them up")
-    return Refused(f"no images in {', '.join(map(str, folders))}; add some or remove the folder")
+    return Refused(f"no images in {first_of([str(folder) for folder in folders])}; add some or remove the folder")
 
 
 def read_known_classes(root: Path, list_dir: Path | None, split: str, classes: list[str]) -> ImageFolders:
@@ -226,14 +226,14 @@ def known_names(about: dict) -> dict[str, str]:
     return {**MINI_IMAGENET_NAMES, **about.get("readable_names", {})}
 
 
-def image_names(root: Path, images: Iterable[tuple[str, str, Path]]) -> dict[str, Path]:
-    """``split/class/name`` of every (split, class, path). Lists may hold a name twice in a class: then the second is
-    called by its path below ``root``, and a file's repetitions by their number, too."""
+def image_names(root: Path, splits: dict[str, dict[str, list[Path]]]) -> dict[str, Path]:
+    """``split/class/name`` of every image of split -> class -> images. Lists may hold a name twice in a class: then the
+    second is called by its path below ``root``, and a file's repetitions by their number, too."""
     names, times = {}, Counter()
-    for split, class_name, path in images:
-        name = f"{split}/{class_name}/{path.name}"
+    for folder, path in ((f"{s}/{c}", path) for s, classes in splits.items() for c in classes for path in classes[c]):
+        name = f"{folder}/{path.name}"
         if name in names:
-            name = f"{split}/{class_name}/{os.path.relpath(path, root)}"
+            name = f"{folder}/{os.path.relpath(path, root)}"
         times[name] += 1
         names[name if name not in names else f"{name} ({times[name]})"] = path
     return names

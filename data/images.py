@@ -80,9 +80,3 @@ def faults(paths: list[Path], look: Callable[[int, Path], object], workers: int,
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = pool.map(fault, range(len(paths)), paths)
         return list(progress(results, text, "image", total=len(paths)))
-
-
-def first_twenty(sentences: list[str], others: str) -> str:
-    """As one sentence, with how many more there are; ``others`` says where those are found."""
-    more = f"; and {len(sentences) - 20} more{others}" if len(sentences) > 20 else ""
-    return "; ".join(sentences[:20]) + more

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.folders import image_names, images_by_class, lists_in_use, read_image_folders
+from data.folders import images_by_class, lists_in_use, read_image_folders
 from data.preparation import WRITTEN
-from data.split_hash import STAMP
 from engine.errors import Refused
 
 ACT, NOTE, HINT = "act", "note", "hint"  # act: training would stop, or its figures would be wrong
@@ -26,19 +25,6 @@ class Listing:
     splits: dict[str, dict[str, list[Path]]]  # split -> class -> images
     ignored: list[Path]  # neither folder nor image, or out of place
 
-    @property
-    def names(self) -> dict[str, Path]:
-        """``split/class/name`` of every image."""
-        return image_names(
-            self.root,
-            (
-                (split, name, path)
-                for split, classes in self.splits.items()
-                for name, paths in classes.items()
-                for path in paths
-            ),
-        )
-
     def counts(self, split: str) -> dict[str, int]:
         return {name: len(paths) for name, paths in self.splits.get(split, {}).items()}
 
@@ -47,18 +33,14 @@ def listing(root: Path, list_dir: Path | None = None) -> Listing:
     """The images of every split and class, empty classes and classes of one split included."""
     if lists_in_use(root, list_dir) is not None:
         folders = read_image_folders(root, list_dir)
-        splits = {split: {name: [] for name in folders.classes} for split in folders.splits}
-        for split, (paths, targets) in folders.splits.items():
-            for path, target in zip(paths, targets, strict=True):
-                splits[split][folders.classes[target]].append(path)
-        return Listing(root, splits, [])
+        return Listing(root, {name: folders.by_class(split) for name, split in folders.splits.items()}, [])
     if not (root / "train").is_dir():
         raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
     splits = images_by_class(root)
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
     used |= {root / split / name for split in splits for name in splits[split]}
     found = [path for split in splits for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
-    found += [path for path in root.iterdir() if path.name not in {*WRITTEN, STAMP, "synthetic"}]
+    found += [path for path in root.iterdir() if path.name not in {*WRITTEN, "classes.json", "synthetic"}]
     return Listing(root, splits, sorted(set(found) - used))
 
 

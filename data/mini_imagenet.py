@@ -21,25 +21,21 @@ RESPLIT = {"imb_type": "exp", "imb_factor": 100, "val_per_class": 50, "test_per_
 
 def read_mini_imagenet(root: Path, ilsvrc: Path | None) -> Source:
     """The layout that lies in ``root``; ``ilsvrc`` holds the ILSVRC-2012 training folders that few-shot lists mean."""
+    profile = RESPLIT
     if (root / "train.csv").is_file():
-        classes, profile = read_few_shot_lists(root, ilsvrc or root / "images"), RESPLIT
-        splits = {"train": classes}
-    elif any(root.glob("mini-imagenet-cache-*.pkl")):
-        splits, profile = {"train": read_caches(sorted(root.glob("mini-imagenet-cache-*.pkl")))}, RESPLIT
+        splits = {"train": read_few_shot_lists(root, ilsvrc or root / "images")}
+    elif caches := sorted(root.glob("mini-imagenet-cache-*.pkl")):
+        splits = {"train": read_caches(caches)}
     else:
         splits = read_class_folders(root)
-        profile = {"imb_type": "none"} if len(splits) > 1 else RESPLIT
-        if is_few_shot(splits):
-            splits, profile = {"train": {k: v for split in splits.values() for k, v in split.items()}}, RESPLIT
-        refuse_unknown_classes(splits, root)
+        merged = {name: images for classes in splits.values() for name, images in classes.items()}
+        if len(merged) == sum(map(len, splits.values())):  # no class is in two splits: the few-shot ones, or one split
+            splits = {"train": merged}
+        else:
+            profile = {"imb_type": "none"}
+            refuse_unknown_classes(splits, root)
     readable = {name: MINI_IMAGENET_NAMES[name] for name in splits["train"] if name in MINI_IMAGENET_NAMES}
     return Source(splits, {"source": "mini-ImageNet", "readable_names": readable, "hflip": True}, profile)
-
-
-def is_few_shot(splits: dict[str, Classes]) -> bool:
-    """Whether no class is in two splits."""
-    names = [name for classes in splits.values() for name in classes]
-    return len(splits) > 1 and len(set(names)) == len(names)
 
 
 def read_few_shot_lists(root: Path, images: Path) -> Classes:

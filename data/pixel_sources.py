@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import transforms
 from data.augment import Policy
-from data.images import MAX_PIXELS, faults, first_twenty, read_image
+from data.images import MAX_PIXELS, faults, read_image
+from engine.console import first_of
 from engine.errors import Failed, Refused
 from engine.transfer import to_device
 
@@ -172,7 +173,7 @@ def decode_all(paths: list[Path], store: Callable[[int, Path], None], workers: i
     """``store`` with each position and path; `Refused` with all broken files. Each goes where it will stay: a list of
     them would take as much memory again."""
     if broken := [fault for fault in faults(paths, store, workers, "decoding") if fault]:
-        raise Refused(first_twenty(broken, ", which scripts/audit_data.py lists"))
+        raise Refused(f"{first_of(broken, separator='; ')}; scripts/audit_data.py lists them all")
 
 
 def decoded_bytes(paths: list[Path], sample: int = 64) -> float:

@@ -13,7 +13,7 @@ from data.folders import SPLITS, images_by_class
 from data.long_tail import Names, Profile
 from data.source_folders import Source
 from data.split_hash import STAMP, Files, file_content, hash_of_files, hash_of_lines, is_as_stamped, stamp
-from engine.console import progress
+from engine.console import first_of, progress
 from engine.errors import Failed, Refused
 from engine.files import read_json, write_json
 
@@ -171,10 +171,9 @@ def refuse_to_lose(folder: Path) -> None:
         inside = [path for split in SPLITS for path in (folder / split).rglob("*") if not path.is_dir()]
         there = (there - WRITTEN) | {name for path in inside if (name := str(path.relative_to(folder))) not in written}
     if lost := sorted(name for name in there if not any(Path(name).match(pattern) for pattern in LITTER)):
-        more = f" and {len(lost) - 1} more files" if len(lost) > 1 else ""
         raise Refused(
-            f"{folder} holds {lost[0]}{more}, which this script did not write and never deletes; move them away, or "
-            f"write elsewhere with --output"
+            f"{folder} holds {first_of(lost, 1)}, which this script did not write and never deletes; move them away, "
+            f"or write elsewhere with --output"
         )
 
 

@@ -11,8 +11,8 @@ from data.mini_imagenet import read_mini_imagenet
 from data.pickles import load_arrays
 from data.preparation import WRITTEN
 from data.source_folders import Source, left_out, read_class_folders
-from engine.console import warn
-from engine.errors import Refused
+from engine.console import first_of, warn
+from engine.errors import Failed, Refused
 
 
 def read_digits() -> Source:
@@ -33,10 +33,9 @@ def read_folder(root: Path) -> Source:
     splits = read_class_folders(root)
     refuse_unknown_classes(splits, root)
     if lost := [name for name in left_out(root, splits) if name not in WRITTEN]:
-        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         warn(
-            f"{len(lost)} files of {root} are left out: {shown}; an image lies directly in its class's folder and ends "
-            f"in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{len(lost)} files of {root} are left out: {first_of(lost, 3)}; an image lies directly in its class's "
+            f"folder and ends in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     about = read_about(root) | {"source": "class folders"}
     return Source(splits, about, {"imb_type": "none", "val_fraction": 0.1, "test_fraction": 0.2})
@@ -95,6 +94,19 @@ def read_cifar_batch(path: Path, key: bytes, num_classes: int) -> tuple[np.ndarr
     ):
         raise Refused(f"{path} does not hold data, {key.decode()} and filenames of one length; get the original file")
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, files
+
+
+def download_cifar(kind: str, folder: Path) -> Path:
+    """The archive of ``cifar10`` or ``cifar100`` in ``folder``; one that is there with the right checksum is kept."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # takes seconds to import
+    from torchvision.datasets.utils import download_url
+
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
+    try:
+        download_url(dataset.url, folder, dataset.filename, dataset.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        raise Failed(f"cannot download {dataset.url} ({error}); get it another way and give it with --source") from None
+    return folder / dataset.filename
 
 
 class Kind(NamedTuple):

@@ -77,8 +77,7 @@ def _changes(root: Path) -> str:
 
 def synthetic_hash(folders: ImageFolders) -> str:
     """SHA-256 that names exactly these synthetic images: `split_hash` of a split ``synthetic``."""
-    images = zip(*folders.synthetic, strict=True)
-    return hash_of_files(image_names(folders.root, (("synthetic", folders.classes[i], path) for path, i in images)))
+    return hash_of_files(image_names(folders.root, {"synthetic": folders.by_class(folders.synthetic)}))
 
 
 def hash_of_lines(lines: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,10 +13,9 @@ import numpy as np
 
 from data.folders import ImageFolders, Split, known_names
 from data.long_tail import sha256_of
-from data.preparation import try_lock
-from engine.console import warn
-from engine.errors import Failed, Refused
-from engine.files import append_line, read_json, read_json_lines, write_json_lines
+from engine.console import first_of, warn
+from engine.errors import Refused
+from engine.files import append_line, locked, read_json, read_json_lines, write_json_lines
 
 MANIFEST = "manifest.jsonl"
 RESULTS = {"file", "batch_size", "precision", "sha256", "flagged", "kept", "why"}  # what a row holds besides `facts`
@@ -136,15 +134,11 @@ class Plan:
 
 def starting_images(folders: ImageFolders, seed: int) -> dict[str, list[Path]]:
     """The training images of every class in an order drawn by ``seed``."""
-    paths, targets = folders.splits["train"]
-    images = {name: [] for name in folders.classes}
-    for path, target in zip(paths, targets, strict=True):
-        images[folders.classes[target]].append(path)
 
     def drawn(path: Path) -> tuple[str, Path]:
         return sha256_of(f"{seed}/{path.parent.name}/{path.name}"), path
 
-    return {name: sorted(paths, key=drawn) for name, paths in images.items()}
+    return {name: sorted(paths, key=drawn) for name, paths in folders.by_class(folders.splits["train"]).items()}
 
 
 class Manifest:
@@ -175,18 +169,12 @@ def locked_manifest(folder: Path) -> Iterator[Manifest]:
     A line that a killed process has half written goes. `Failed` when another process holds the folder, `Refused` when
     it holds somebody else's files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = try_lock(folder)
-    if lock is None:
-        raise Failed(f"another process is drawing into {folder}; wait for it to end, or write elsewhere with --output")
-    try:
+    if not (folder / MANIFEST).exists() and folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}:
+        raise Refused(f"{folder} holds files, but no {MANIFEST}; write elsewhere with --output DIR")
+    with locked(folder):
         manifest = Manifest(folder)
-        if not manifest.path.exists() and any(folder.iterdir()):
-            raise Refused(f"{folder} holds files, but no {MANIFEST}; write elsewhere with --output DIR")
         manifest.save()
         yield manifest
-    finally:
-        os.close(lock)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -204,7 +192,7 @@ def read_kept_images(folder: Path, classes: list[str]) -> Split:
         )
     rows = read_rows(folder / MANIFEST)
     if unknown := sorted({row["class"] for row in rows} - set(classes)):
-        raise Refused(f"{folder} holds images of classes that train/ lacks: {', '.join(unknown)}; see --synthetic_dir")
+        raise Refused(f"{folder} holds images of classes that train/ lacks: {first_of(unknown)}; see --synthetic_dir")
     if waiting := sum(row["kept"] is None for row in rows):
         warn(f"{waiting} images in {folder} have not been judged and are left out: run synthesize_tail.py to its end")
     images = sorted((classes.index(row["class"]), row["file"]) for row in rows if row["kept"])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -14,6 +14,11 @@ def printable(text: str) -> str:
 
 def number_of_classes(number: int) -> str:
     return f"{number} class{'' if number == 1 else 'es'}"
+
+
+def first_of(texts: Sequence[str], number: int = 20, separator: str = ", ") -> str:
+    """The first ``number`` of ``texts``, and how many more there are."""
+    return separator.join(texts[:number]) + (f" and {len(texts) - number} more" if len(texts) > number else "")
 
 
 def _is_heard() -> bool:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from data.folders import SPLITS
 from engine import distributed, files
-from engine.console import say, warn
+from engine.console import first_of, say, warn
 from engine.errors import Failed, Refused
 from engine.flags import command_line
 from engine.record import circumstances, plain_flags, read_log, read_record, same_code, sessions
@@ -260,6 +260,5 @@ def find_run(name: str, root: Path) -> Path:
         if (folder / "args.json").is_file():
             return folder
     runs = sorted(path.parent.name for path in root.glob("*/args.json"))
-    shown = ", ".join(runs[:10] + ["..."] * (len(runs) > 10))
-    there_are = f"runs in {root}: {shown}" if runs else f"there are no runs in {root}; train one first"
+    there_are = f"runs in {root}: {first_of(runs, 10)}" if runs else f"there are no runs in {root}; train one first"
     raise Refused(f"no run at {name} or {root / name}; {there_are}")

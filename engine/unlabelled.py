@@ -8,9 +8,9 @@ from scipy.special import softmax
 
 from data.build import workers_in_use
 from data.folders import Split, check_names, image_files
-from data.images import faults, first_twenty, read_image
+from data.images import faults, read_image
 from engine import distributed
-from engine.console import say, warn
+from engine.console import first_of, say, warn
 from engine.errors import Refused
 from engine.files import read_json, write_json
 from engine.predictor import Predictor
@@ -53,7 +53,7 @@ def predict_images(predictor: Predictor, directory: Path) -> dict:
         write_unlabelled(table, files, [None if fault else next(rows) for fault in wrong], predictor.record["classes"])
     say(f"{len(readable)} of {len(paths)} images predicted, in {table}")
     if broken := [fault for fault in wrong if fault]:
-        raise distributed.failed(first_twenty(broken, f" without a class in {table}"))
+        raise distributed.failed(f"{first_of(broken, separator='; ')}; they have no class in {table}")
     return {"n": len(readable), "table": str(table)}
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.errors import Refused
 from engine.flags import add_switch, epoch_or_share, number_in, resolved_epoch
-from losses.balanced_supcon import BalancedSupConLoss
 from losses.class_weights import class_balanced_weights, inverse_frequency_weights
 from losses.cross_entropy import CrossEntropyLoss
 from losses.focal import FocalLoss
@@ -196,13 +195,13 @@ def build_objective(args: argparse.Namespace, class_counts: Sequence[int], epoch
     ]
     if not terms and len(heads) > 1:  # margin heads as their papers define them
         terms = [("cross_entropy", 1.0, "none")]
-    supcon = BalancedSupConLoss if args.supcon_balance else SupConLoss
     return Objective(
         [_head_term(args, *term, head, class_counts) for head in heads for term in terms],
-        supcon(args.supcon_temperature) if args.add_supcon_loss else None,
+        SupConLoss(args.supcon_temperature) if args.add_supcon_loss else None,
         supcon_factor=args.supcon_loss_weight,
         supcon_generated=args.supcon_generated if args.add_rsg else "all",
         supcon_sees="projections" if args.supcon_projection_dim else "features",
+        supcon_title="balanced SupCon" if args.supcon_balance else "SupCon",
         cesc_factor=args.rsg_cesc_weight if args.add_rsg else 0.0,
         mv_factor=args.rsg_mv_weight if args.add_rsg else 0.0,
     )

@@ -3,7 +3,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losses.balanced_supcon import BalancedSupConLoss
 from losses.ldam import LDAMLoss
 from losses.supcon import SupConLoss
 from models.classifier import Output
@@ -25,10 +24,11 @@ class Objective(nn.Module):
     def __init__(
         self,
         head_terms: list[HeadTerm],
-        supcon: SupConLoss | BalancedSupConLoss | None = None,
+        supcon: SupConLoss | None = None,
         supcon_factor: float = 0.0,
         supcon_generated: str = "all",
         supcon_sees: str = "features",
+        supcon_title: str = "SupCon",
         cesc_factor: float = 0.0,
         mv_factor: float = 0.0,
     ):
@@ -36,7 +36,7 @@ class Objective(nn.Module):
         self.head_terms = head_terms
         self.loss_fns = nn.ModuleList(term.loss_fn for term in head_terms)  # so that .to() moves their buffers
         self.supcon, self.supcon_factor = supcon, supcon_factor
-        self.supcon_generated, self.supcon_sees = supcon_generated, supcon_sees
+        self.supcon_generated, self.supcon_sees, self.supcon_title = supcon_generated, supcon_sees, supcon_title
         self.cesc_factor, self.mv_factor = cesc_factor, mv_factor
 
     def forward(
@@ -56,17 +56,15 @@ class Objective(nn.Module):
         row that was generated from it; ``mixed_weights`` are those of the images mixed into these. The generator's own
         losses do not train the model: they count every image as one.
         """
-        weighted, parts, own, mixed = [], {}, {}, {}
-        if row_weights is not None:
-            if "tail_rows" in output.auxiliary:
-                row_weights = torch.cat([row_weights, row_weights[output.auxiliary["tail_rows"]]])
-            own, mixed = {"row_weights": row_weights}, {"row_weights": mixed_weights}
+        weighted, parts = [], {}
+        if row_weights is not None and "tail_rows" in output.auxiliary:
+            row_weights = torch.cat([row_weights, row_weights[output.auxiliary["tail_rows"]]])
         for part, _, factor, head, loss_fn in self.head_terms:
             scale = (output.scales[head],) if isinstance(loss_fn, LDAMLoss) else ()
-            parts[part] = loss_fn(output.logits[head], output.targets, *scale, **own)
+            parts[part] = loss_fn(output.logits[head], output.targets, *scale, row_weights)
             if "mixed_targets" in output.auxiliary:
                 others, mixed_targets = output.auxiliary[f"mixed_{head}"], output.auxiliary["mixed_targets"]
-                mixed_in = loss_fn(others, mixed_targets, *scale, **mixed)
+                mixed_in = loss_fn(others, mixed_targets, *scale, mixed_weights)
                 parts[part] = share * parts[part] + (1 - share) * mixed_in
             weighted.append(factor * parts[part])
         if self.supcon is not None:
@@ -82,14 +80,14 @@ class Objective(nn.Module):
         """SupCon on the projections where the model has them, else on the features; `supcon_generated` says what
         generated rows are: anchors and keys ("all"), keys that do not train the generator ("keys"), or left out."""
         rows, targets = output.auxiliary.get("projections", output.features), output.targets
-        prototypes = (output.auxiliary["prototypes"],) if isinstance(self.supcon, BalancedSupConLoss) else ()
+        prototypes = output.auxiliary.get("prototypes")
         if self.supcon_generated == "none":
             real_weights = None if row_weights is None else row_weights[:num_real]
-            return self.supcon(rows[:num_real], targets[:num_real], *prototypes, row_weights=real_weights)
+            return self.supcon(rows[:num_real], targets[:num_real], None, real_weights, prototypes)
         if self.supcon_generated == "all" or "maps" not in output.auxiliary:
-            return self.supcon(rows, targets, *prototypes, row_weights=row_weights)
+            return self.supcon(rows, targets, None, row_weights, prototypes)
         # also without generated rows in this process: the backward pass meets those of the others
-        loss = self.supcon(rows, targets, *prototypes, num_anchors=num_real, row_weights=row_weights)
+        loss = self.supcon(rows, targets, num_real, row_weights, prototypes)
         maps = output.auxiliary["maps"]
         scale = 2.0**8  # float16 would round small gradients to 0; a power of two costs no digit
         (gradient,) = torch.autograd.grad(scale * loss, maps, retain_graph=True)
@@ -105,8 +103,7 @@ class Objective(nn.Module):
         terms = [f"{term.factor:g} {term.text}" for term in self.head_terms]
         if self.supcon is not None:
             without = {"all": "", "keys": "; generated rows as keys", "none": "; real rows"}[self.supcon_generated]
-            title = "balanced SupCon" if isinstance(self.supcon, BalancedSupConLoss) else "SupCon"
-            terms.append(f"{self.supcon_factor:g} {title}({self.supcon_sees}{without})")
+            terms.append(f"{self.supcon_factor:g} {self.supcon_title}({self.supcon_sees}{without})")
         if self.cesc_factor:
             terms.append(f"{self.cesc_factor:g} CESC")
         if self.mv_factor:

@@ -12,6 +12,12 @@ class SupConLoss(nn.Module):
     positive; 0 with gradient 0 when none has. Rows are normalised here. ``features`` is [B, D], or [B, V, D] with V
     views of each image. With ``num_anchors`` only the first so many rows are anchors; all rows are keys.
     Keys come from all processes. A row of ``row_weights`` r [B] counts as r anchors, and as one key.
+
+    With ``prototypes`` [C, D] every class weighs the same (Zhu et al., "Balanced Contrastive Learning for Long-Tailed
+    Visual Recognition", 2022, eq. 6 and 7): for anchor i
+    ``-1/|P| sum_p [z_i z_p / T - log sum_j 1/|B_j| sum_{k in B_j} exp(z_i z_k / T)]``, where B_j are the keys of class
+    j, its prototype among them, and P those of the anchor's class, both without the anchor itself. Prototypes are
+    normalised here, and enter once for all processes.
     """
 
     def __init__(self, temperature: float = 0.07):
@@ -25,20 +31,30 @@ class SupConLoss(nn.Module):
         targets: Tensor,
         num_anchors: int | None = None,
         row_weights: Tensor | None = None,
+        prototypes: Tensor | None = None,
     ) -> Tensor:
         features, targets, row_weights = view_by_view(features, targets, row_weights)
         rows = features * inverse_norm(features)
         anchors, anchor_targets = rows[:num_anchors], targets[:num_anchors]
-        rows, targets = gather_rows(rows), gather_rows(targets)  # this process's rows stay the first
-        itself = torch.eye(len(anchors), len(rows), dtype=torch.bool, device=rows.device)
-        similarities = anchors @ rows.T / self.temperature
+        keys, targets = gather_rows(rows), gather_rows(targets)  # this process's rows stay the first
+        if prototypes is not None:
+            prototypes = prototypes.to(keys.dtype)
+            classes = torch.arange(len(prototypes), device=targets.device)
+            keys, targets = torch.cat([keys, prototypes * inverse_norm(prototypes)]), torch.cat([targets, classes])
+        similarities = anchors @ keys.T / self.temperature  # [A, K]
+        same = anchor_targets[:, None] == targets
+        itself = torch.eye(len(anchors), len(keys), dtype=torch.bool, device=keys.device)
+        positives = same & ~itself
+        terms = similarities
+        if prototypes is not None:
+            members = (targets[:, None] == classes).sum(dim=0)[targets] - same.long()  # |B_j| without the anchor
+            terms = terms - members.to(keys.dtype).log()
         # the lowest finite number, not -inf: a row alone in its batch would give inf - inf
-        similarities = similarities.masked_fill(itself, torch.finfo(rows.dtype).min)
-        positives = (anchor_targets[:, None] == targets) & ~itself
+        terms = terms.masked_fill(itself, torch.finfo(keys.dtype).min)
         num_positives = positives.sum(dim=1)
         mean_positive = torch.where(positives, similarities, 0).sum(dim=1) / num_positives.clamp_min(1)
         weights = num_positives > 0
-        loss = torch.where(weights, similarities.logsumexp(dim=1) - mean_positive, 0)
+        loss = torch.where(weights, terms.logsumexp(dim=1) - mean_positive, 0)
         if row_weights is not None:
             weights = weights * row_weights[:num_anchors]
         return mean_over_processes((weights * loss).sum(), weights.sum())

@@ -91,9 +91,7 @@ def build_model(args: argparse.Namespace, class_counts: Sequence[int], with_gene
     if args.supcon_balance:  # through layers of their own, as in BCL; without a projection as they are
         prototypes = _projection(width, args.supcon_projection_dim) if args.supcon_projection_dim else nn.Identity()
     generator = build_generator(args, backbone.map_channels, class_counts) if with_generator else None
-    model = LongTailClassifier(backbone, heads, projection, generator, prototypes)
-    model.freeze_backbone = args.freeze_backbone
-    return model
+    return LongTailClassifier(backbone, heads, projection, generator, prototypes, args.freeze_backbone)
 
 
 def _projection(width: int, size: int) -> nn.Module:

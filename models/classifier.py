@@ -32,6 +32,7 @@ class LongTailClassifier(nn.Module):
         projection: nn.Module | None = None,
         generator: RareSampleGenerator | None = None,
         prototypes: nn.Module | None = None,
+        freeze_backbone: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -39,7 +40,7 @@ class LongTailClassifier(nn.Module):
         self.projection = projection
         self.generator = generator
         self.prototypes = prototypes
-        self.freeze_backbone = False
+        self.freeze_backbone = freeze_backbone
 
     def train(self, mode: bool = True) -> "LongTailClassifier":
         super().train(mode)

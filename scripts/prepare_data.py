@@ -13,11 +13,10 @@ import re
 from pathlib import Path
 
 from data.archives import unpacked
-from data.downloads import download_cifar
 from data.long_tail import IMBALANCES, Profile, draw, resolved_class_order
 from data.preparation import publish, refuse_foreign_output, scratch_folder
 from data.source_folders import Source
-from data.sources import CIFAR_KINDS, SOURCES
+from data.sources import CIFAR_KINDS, SOURCES, download_cifar
 from engine.console import say
 from engine.errors import Refused, one_line_errors
 from engine.flags import Parser, add_switch, given_path, number_in

@@ -14,6 +14,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from data.synthesis import Job, Manifest, Plan, Recipe, locked_manifest, prompt_
 from data.synthetic_filters import Filters
 from engine import distributed
 from engine.agreement import Agreement
-from engine.console import say
+from engine.console import first_of, say
 from engine.errors import Refused, one_line_errors
 from engine.flags import Parser, add_device, add_root_model, add_switch, given_path, number_in
 from engine.run import find_run
@@ -121,21 +122,11 @@ def build_plan(args, folders: ImageFolders) -> tuple[list[str], Plan]:
         names_file = args.data_dir / "classes.json"
     names, unnamed = prompt_names(folders, names_file)
     if unnamed:
-        shown = ", ".join(unnamed[:5]) + (" ..." if len(unnamed) > 5 else "")
-        say(f"no readable name for {len(unnamed)} classes ({shown}): prompts hold their folders' names")
-    recipe = Recipe(
-        args.model,
-        args.mode,
-        args.prompt,
-        args.negative_prompt,
-        args.seed,
-        args.strength if args.mode == "img2img" else None,
-        args.steps,
-        args.guidance,
-        args.scheduler,
-        args.size,
-        args.saved_size or own_size(folders.splits["train"].paths)[0],
-    )
+        say(f"no readable name for {len(unnamed)} classes ({first_of(unnamed, 5)}): prompts hold their folders' names")
+    given = {field.name: getattr(args, field.name) for field in fields(Recipe)}  # flags are named like them
+    strength = args.strength if args.mode == "img2img" else None
+    saved_size = args.saved_size or own_size(folders.splits["train"].paths)[0]
+    recipe = Recipe(**given | {"strength": strength, "saved_size": saved_size})
     wanted = wanted_images(folders.class_counts, args.target)
     return names, Plan(folders, names, wanted, args.max_candidates, recipe)
 
@@ -176,8 +167,7 @@ def outcome(args, plan: Plan, manifest: Manifest) -> str:
     lines += [f"{number:6d}  {reason}" for reason, number in reasons.most_common()]
     short = [f"{name}: {kept[name]} of {number}" for name, number in plan.wanted.items() if kept[name] < number]
     if short:
-        shown = ", ".join(short[:8]) + (f" and {len(short) - 8} more" if len(short) > 8 else "")
-        lines.append(f"fewer than wanted: {shown}; a higher --max_candidates draws more")
+        lines.append(f"fewer than wanted: {first_of(short, 8)}; a higher --max_candidates draws more")
     where = "" if args.output is None else f" --synthetic_dir {args.output}"
     lines.append(f"look at {manifest.folder / 'synthetic.png'}; train with: python imagenet_lt_train.py")
     lines[-1] += f" --data_dir {args.data_dir} --synthetic_weight 0.5{where}"

@@ -45,6 +45,15 @@ def test_a_tar_is_unpacked_and_its_wrapping_folders_are_passed_over(tmp_path, na
     assert (root / "train/a/0.png").read_bytes() == bytes(3)
 
 
+def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path):
+    zip_with(tmp_path / "old.zip", "train/b/0.png")
+    archive = tar_with(tmp_path / "x.tar", member("train/a/0.png", size=3))
+    with tarfile.open(archive, "a") as tar:
+        tar.add(tmp_path / "old.zip", "train/old.zip")
+    unpack(archive, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["0.png", "old.zip"]
+
+
 def test_a_zip_is_unpacked(tmp_path):
     root = unpacked(zip_with(tmp_path / "x.zip", "train/a/0.png"), tmp_path / "out")
     assert (root / "train/a/0.png").read_bytes() == b"content"

@@ -140,6 +140,7 @@ def test_what_cannot_be_judged_and_what_is_not_used_is_noted(clean):
     (clean / "train/cat/nested").mkdir()
     (clean / "valid").mkdir()
     (clean / "stray.png").write_bytes(b"")
+    (clean / "classes.json").write_text("{}")  # is used: synthesize_tail.py takes readable names from it
     code, findings, _ = audit(clean)
     assert code == 0
     assert findings == {
@@ -150,6 +151,14 @@ def test_what_cannot_be_judged_and_what_is_not_used_is_noted(clean):
             "valid",
         ],
     }  # fmt: skip
+
+
+def test_a_folder_without_an_image_is_audited_without_a_warning(tmp_path, recwarn):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    code, findings, report = audit(tmp_path)
+    assert code == 1
+    assert report["images"] == {"train": 0}
+    assert not recwarn.list
 
 
 def test_a_class_with_one_image_is_noted_without_reading_it(clean):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data
 from data.build import check_data, read_data
 from data.folders import read_image_folders
 from data.split_hash import split_hash, stamp
@@ -230,3 +232,8 @@ def test_each_repetition_of_a_listed_image_counts(tmp_path):
         write_lists(root, train="a/0.png 0\n" * times + "b/0.png 1\n")
         hashes.add(split_hash(read_image_folders(root)))
     assert len(hashes) == 4
+
+
+def test_the_package_says_where_to_look_for_every_file():
+    named = set(re.findall(r"\w+", data.__doc__))
+    assert {path.stem for path in Path(data.__file__).parent.glob("*.py")} - {"__init__"} <= named

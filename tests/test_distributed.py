@@ -23,7 +23,6 @@ from engine.errors import Refused
 from engine.options import train_parser
 from engine.train import renew_statistics, with_batch
 from losses import (
-    BalancedSupConLoss,
     CrossEntropyLoss,
     FocalLoss,
     LDAMLoss,
@@ -57,7 +56,7 @@ LOSSES = {
     "focal": FocalLoss(weight=inverse_frequency_weights(COUNTS)),
     "supcon": SupConLoss(),
     "logit_adjusted": LogitAdjustedLoss(COUNTS, weight=inverse_frequency_weights(COUNTS), label_smoothing=0.1),
-    "balanced_supcon": lambda rows, targets: BalancedSupConLoss()(rows, targets, torch.eye(3) - 0.1),
+    "balanced_supcon": lambda rows, targets: SupConLoss()(rows, targets, prototypes=torch.eye(3) - 0.1),
     "row_weights": lambda logits, targets: CrossEntropyLoss()(logits, targets, 1 / (1 + targets)),
     "row_weights_focal": lambda logits, targets: FocalLoss()(logits, targets, 1 / (1 + targets)),
     "rsg_centre": lambda maps, targets: center_loss(maps[:, :, None, None], targets),

@@ -13,7 +13,6 @@ from torchvision.ops import sigmoid_focal_loss
 from engine.flags import Parser
 from losses import (
     CLASSIFICATION_LOSSES,
-    BalancedSupConLoss,
     CrossEntropyLoss,
     FocalLoss,
     LDAMLoss,
@@ -66,7 +65,7 @@ def every_loss():
     yield "supcon", lambda rows: SupConLoss()(rows, targets)
     yield "supcon-views", lambda rows: SupConLoss()(rows.view(3, 2, 4), targets[1:4])
     yield "supcon-anchors", lambda rows: SupConLoss()(rows, targets, num_anchors=3)
-    yield "supcon-balanced", lambda rows: BalancedSupConLoss()(rows, targets, torch.eye(4) - 0.1, num_anchors=5)
+    yield "supcon-balanced", lambda rows: SupConLoss()(rows, targets, 5, prototypes=torch.eye(4) - 0.1)
 
 
 ALL_LOSSES = dict(every_loss())
@@ -506,7 +505,7 @@ def test_balanced_supcon_is_the_mean_of_a_loop_in_value_and_gradients(temperatur
     targets = torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 4])  # a singleton, and a class with a prototype only
     both = []
     for loss_fn in (
-        lambda z, c: BalancedSupConLoss(temperature)(z, targets, c, num_anchors),
+        lambda z, c: SupConLoss(temperature)(z, targets, num_anchors, prototypes=c),
         lambda z, c: balanced_supcon_row_by_row(z, targets, c, temperature, num_anchors).mean(),
     ):
         leaves = [rows.clone().requires_grad_(), prototypes.clone().requires_grad_()]
@@ -519,12 +518,12 @@ def test_balanced_supcon_of_two_views_is_that_of_all_rows():
     rows, prototypes, targets = torch.randn(6, 2, 4).double(), torch.randn(3, 4).double(), torch.randint(3, (6,))
     flat = torch.cat([rows[:, 0], rows[:, 1]])
     expected = balanced_supcon_row_by_row(flat, targets.repeat(2), prototypes, 0.07).mean()
-    close(BalancedSupConLoss()(rows, targets, prototypes), expected, 1e-9)
+    close(SupConLoss()(rows, targets, prototypes=prototypes), expected, 1e-9)
 
 
 def test_balanced_supcon_of_identical_keys_is_the_logarithm_of_the_number_of_classes_however_they_are_filled():
     for targets in ([0, 1, 2], [0, 0, 0, 0, 1], [2]):
-        loss = BalancedSupConLoss(0.1)(torch.ones(len(targets), 3), torch.tensor(targets), torch.ones(3, 3))
+        loss = SupConLoss(0.1)(torch.ones(len(targets), 3), torch.tensor(targets), prototypes=torch.ones(3, 3))
         close(loss, math.log(3))
 
 

@@ -6,7 +6,6 @@ from engine.errors import Refused
 from engine.flags import Parser
 from losses import (
     CLASSIFICATION_LOSSES,
-    BalancedSupConLoss,
     SupConLoss,
     add_loss_flags,
     build_objective,
@@ -257,8 +256,8 @@ def test_balanced_supcon_takes_the_classifiers_weights_as_prototypes(generated, 
     if projection:
         rows, prototypes = output.auxiliary["projections"], model.prototypes(prototypes)
     rows = rows if generated != "none" else rows[:7]
-    expected = BalancedSupConLoss(0.07)(
-        rows, output.targets[: len(rows)], prototypes, 7 if generated == "keys" else None
+    expected = SupConLoss(0.07)(
+        rows, output.targets[: len(rows)], 7 if generated == "keys" else None, prototypes=prototypes
     )
     torch.testing.assert_close(loss, expected)
     own, by_hand = (torch.autograd.grad(each, weight, retain_graph=True)[0] for each in (loss, expected))

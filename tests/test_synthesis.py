@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import imagenet_lt_train
 from data import generation
 from data.diffusion import Diffusion
 from data.folders import read_image_folders
-from data.preparation import try_lock
 from data.synthesis import Manifest, Plan, Recipe, prompt_names, wanted_images
 from scripts import synthesize_tail
 
@@ -396,12 +394,12 @@ def test_files_of_somebody_else_are_left_alone(tiny_dataset, flags, capsys):
 
 
 def test_a_folder_belongs_to_one_process(tiny_dataset, flags, capsys):
-    (tiny_dataset / "synthetic").mkdir()
-    lock = try_lock(tiny_dataset / "synthetic")
-    try:
-        assert "another process is drawing" in error_of(lambda: synthesize(flags), 1, capsys)
-    finally:
-        os.close(lock)
+    hold = "import sys, pathlib, engine.files\nwith engine.files.locked(pathlib.Path(sys.argv[1])): print(), input()"
+    command = [sys.executable, "-u", "-c", hold, str(tiny_dataset / "synthetic")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert "another process is at work" in error_of(lambda: synthesize(flags), 1, capsys)
+    process.communicate(b"end\n")
 
 
 def test_a_broken_line_of_the_manifest_is_named(tiny_dataset, flags, capsys):

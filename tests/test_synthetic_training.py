@@ -19,7 +19,6 @@ from data.synthesis import Recipe
 from engine.state import TrainingState
 from engine.train import epoch_row, with_batch
 from losses import CrossEntropyLoss, FocalLoss, LDAMLoss, SupConLoss, build_objective
-from losses.balanced_supcon import BalancedSupConLoss
 from losses.logit_adjusted import LogitAdjustedLoss
 from models import build_model
 from models.classifier import Output
@@ -170,11 +169,11 @@ def test_a_row_of_weight_r_counts_as_r_rows(name):
 @pytest.mark.parametrize("balanced", [False, True])
 def test_the_weights_of_rows_weigh_anchors_in_supcon_and_leave_the_keys(balanced, anchors):
     features, targets = torch.randn(7, 5, dtype=torch.double), torch.tensor([0, 0, 1, 0, 1, 2, 1])  # 5 is alone
-    prototypes = (torch.randn(3, 5, dtype=torch.double),) if balanced else ()
-    loss_fn, weights = BalancedSupConLoss() if balanced else SupConLoss(), torch.rand(7, dtype=torch.double)
+    prototypes = {"prototypes": torch.randn(3, 5, dtype=torch.double)} if balanced else {}
+    loss_fn, weights = SupConLoss(), torch.rand(7, dtype=torch.double)
 
     def loss(row_weights=None):
-        return loss_fn(features, targets, *prototypes, num_anchors=anchors, row_weights=row_weights)
+        return loss_fn(features, targets, **prototypes, num_anchors=anchors, row_weights=row_weights)
 
     each = [loss(torch.eye(7)[anchor]) for anchor in range(anchors)]
     counted = [anchor for anchor in range(anchors) if balanced or anchor != 5]
@@ -182,8 +181,8 @@ def test_the_weights_of_rows_weigh_anchors_in_supcon_and_leave_the_keys(balanced
     expected = sum(weights[anchor] * each[anchor] for anchor in counted) / sum(weights[anchor] for anchor in counted)
     torch.testing.assert_close(loss(weights), expected)
     views = torch.stack([features, features.flip(0)], dim=1)
-    twice = loss_fn(views, targets, *prototypes, row_weights=weights)
-    flat = loss_fn(views.transpose(0, 1).flatten(0, 1), targets.repeat(2), *prototypes, row_weights=weights.repeat(2))
+    twice = loss_fn(views, targets, **prototypes, row_weights=weights)
+    flat = loss_fn(views.transpose(0, 1).flatten(0, 1), targets.repeat(2), **prototypes, row_weights=weights.repeat(2))
     torch.testing.assert_close(twice, flat)
 
 
