@@ -181,6 +181,7 @@ def fit(
                 guard,
                 batches,
                 training.sizes[:num_steps],
+                seed=training.seed,
                 amp_dtype=amp_dtype,
                 clip=clip,
                 save_due=save_due,

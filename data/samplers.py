@@ -1,4 +1,4 @@
-"""Which images an epoch sees, in which order, with which random draws: functions of (seed, epoch) alone."""
+"""Which images an epoch sees, in which order, with which random draws: functions of (seed, epoch, step) alone."""
 
 import torch
 from scipy.special import betaincinv
@@ -49,6 +49,11 @@ def epoch_mixings(
         share = float(betaincinv(mixup, mixup, quantile) if blends else betaincinv(cutmix, cutmix, quantile))
         mixings.append(Mixing(share) if blends else cutmix_box(share, size, center))
     return mixings
+
+
+def step_seed(seed: int, epoch: int, number: int) -> int:
+    """For what layers draw, as dropout does, in forward pass ``number`` of an epoch, counted over all processes."""
+    return _mixed(seed, epoch, 4 + number)
 
 
 def batch_bounds(num_images: int, batch_size: int, smallest: int = 2) -> list[tuple[int, int]]:

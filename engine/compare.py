@@ -246,7 +246,10 @@ def _pair(first: Group, second: Group, draws: dict[str, np.ndarray]) -> Pair:
     for name in [name for name in ACCURACIES if name in draws]:
         value = mean_and_deviation(second, name)[0] - mean_and_deviation(first, name)[0]
         differences[name] = (value, *map(float, np.percentile(draws[name], [2.5, 97.5])))
-    tests = [mcnemar(one.correct, two.correct) for one, two in zip(first.runs, second.runs, strict=False)]
+    of_seed = {run.record["seed"]: run for run in second.runs}
+    both = [(run, of_seed[seed]) for run in first.runs if (seed := run.record["seed"]) in of_seed]
+    both = both or zip(first.runs, second.runs, strict=False)
+    tests = [mcnemar(one.correct, two.correct) for one, two in both]
     p = min(1.0, len(tests) * min(p for *_, p in tests))
     return Pair(first, second, differences, [tuple(numbers) for *numbers, _ in tests], p, p, _welch(first, second))
 

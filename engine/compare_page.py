@@ -34,10 +34,10 @@ NOTES = (
     "Differences: second minus first, in points of per cent, with a 95 % interval from a bootstrap over the test "
     "images, resampled within their class and spread as new ones would be, the same for both (1,000 resamples): too "
     "narrow where classes have few test images and hardly a mistake. McNemar: images that only the first : only the "
-    "second gets right, for each pair of runs (k-th seed with k-th seed); p, images: exact, two-sided, the smallest "
-    "times the number of such pairs. All of these ask whether these trained models differ on other test images; with "
-    "many images they nearly always do. Many, medium and few are compared where both trained on classes of the same "
-    "sizes.",
+    "second gets right, for each pair of runs (of one seed, or k-th with k-th where no seed is in both); p, images: "
+    "exact, two-sided, the smallest times the number of such pairs. All of these ask whether these trained models "
+    "differ on other test images; with many images they nearly always do. Many, medium and few are compared where both "
+    "trained on classes of the same sizes.",
     "p, seeds: Welch's t-test of the balanced accuracies of the runs asks whether the settings differ with other "
     "seeds; it needs two seeds of both, and has little power with three. Holm: corrected for all comparisons here.",
 )

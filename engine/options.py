@@ -90,12 +90,13 @@ def check_idle_flags(args: argparse.Namespace, defaults: argparse.Namespace) -> 
         "backbone_lr": (not args.freeze_backbone, "a backbone that trains, without --freeze_backbone"),
         "precise_bn": (not args.freeze_backbone, "a backbone that trains, without --freeze_backbone"),
     }
-    idle = {}
+    warnings = []
     for flag, default in vars(defaults).items():
-        for beginning, (counts, use) in counts_with.items():
-            if flag.startswith(beginning) and not counts and getattr(args, flag) != default:
-                idle[flag] = use
-    return [f"--{flag} changes nothing: it is for {use}" for flag, use in idle.items()]
+        beginnings = [beginning for beginning in counts_with if flag.startswith(beginning)]
+        counts, use = counts_with[max(beginnings, key=len)] if beginnings else (True, "")
+        if not counts and getattr(args, flag) != default:
+            warnings.append(f"--{flag} changes nothing: it is for {use}")
+    return warnings
 
 
 def evaluation_parser(description: str = "") -> Parser:

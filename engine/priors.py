@@ -10,7 +10,7 @@ import numpy as np
 from data.build import sampler_of
 from data.samplers import SAMPLERS
 from engine.errors import Refused
-from losses import FocalLoss, build_objective
+from losses import build_objective
 
 
 def reweighted(logits: np.ndarray, model_prior: np.ndarray, test_prior: np.ndarray) -> np.ndarray:
@@ -32,12 +32,12 @@ def model_prior(
 
     With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), its synthetic images
     counting by their weight, w_lj the class weights of loss l on the head and a_lj what it adds to the logits while
-    training: p_j is the sum over the losses, by their factors, of d_j w_lj exp(-a_lj), each of sum 1 but for focal,
-    which is a mean over rows and not over weights. Plain cross-entropy gives the training prior; inverse-frequency
+    training: p_j is the sum over the losses, by their factors, of d_j w_lj exp(-a_lj), each of sum 1 but where a loss
+    has `mean_over` rows and not weights, as focal. Plain cross-entropy gives the training prior; inverse-frequency
     weights, a balanced sampler and a logit-adjusted loss with tau 1 give a uniform one. So says cross-entropy when it
     is fitted perfectly; margins, focusing, SupCon and generated rows are taken to leave the prior alone. The nearest
-    class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none; and
-    for label smoothing, of which an equal share for each class stays, however rare it is.
+    class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none; for
+    label smoothing, of which an equal share for each class stays, however rare it is; and without `mean_over`.
     """
     if head == "ncm":
         return np.full(len(class_counts), 1 / len(class_counts))
@@ -48,13 +48,16 @@ def model_prior(
     drawn = _normalised(mass if power is None else counts**power * mass / images)
     prior, adjustments = np.zeros(len(class_counts)), []
     for term in build_objective(args, class_counts, epoch).head_terms:
-        if args.label_smoothing and not isinstance(term.loss_fn, FocalLoss):
+        mean_over = getattr(term.loss_fn, "mean_over", None)
+        if mean_over is None:
+            raise Refused(f"--test_prior: of {term.text} it is not known which prior the softmax stands for")
+        if any(getattr(part, "label_smoothing", 0) for part in term.loss_fn.modules()):
             raise Refused("--test_prior: after --label_smoothing the softmax stands for no prior that is known")
         if term.head == ("main" if head == "mean" else head):  # all heads have the same losses
             buffers = {name.split(".")[-1]: value.double().numpy() for name, value in term.loss_fn.named_buffers()}
             adjustments.append(buffers.get("adjustments", np.zeros(len(counts))))
             share = drawn * buffers.get("weight", 1) * np.exp(-adjustments[-1])
-            prior += term.factor * (share if isinstance(term.loss_fn, FocalLoss) else _normalised(share))
+            prior += term.factor * (share if mean_over == "rows" else _normalised(share))
     if any(np.ptp(one - adjustments[0]) > 1e-9 for one in adjustments):
         raise Refused("--test_prior: a logit-adjusted loss and another one together stand for no prior that is known")
     return _normalised(prior) if prior.any() else drawn

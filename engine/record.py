@@ -5,9 +5,11 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import io
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -33,6 +35,7 @@ from rsg import generates
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "safetensors")
 CIRCUMSTANCES = ("precision", "channels_last", "device", "hardware", "threads", "processes", "commit")
 NOT_DOCS = ":(top,exclude)docs"  # as git names it: the ledger writes there between the runs that it is made of
+PACKAGES_OF_OURS = [f":(top){name}" for name in ("losses", "models", "rsg", "data", "engine")]
 REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "mean", "std", "split_hash", "seed"}
 
 
@@ -126,7 +129,13 @@ def read_record(folder: Path) -> dict:
         raise Refused(f"{path} is no record of a run: it lacks {', '.join(sorted(missing))}")
     if wrong := [name for name, is_sound in _soundness(record).items() if not is_sound]:
         raise Refused(f"{path} is damaged: no run has these {', '.join(wrong)}; put a copy in its place")
-    record["flags"] = default_flags() | record["flags"]
+    flags = default_flags() | record["flags"]
+    if unknown := [name for name in flags.keys() - default_flags() if name.startswith("add_") and flags[name] is True]:
+        raise Refused(
+            f"{path}: the run was trained with --{unknown[0]}, which this code does not know; use that of commit "
+            f"{record.get('commit')}"
+        )
+    record["flags"] = flags
     return record
 
 
@@ -223,15 +232,21 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def code_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The checkout's commit, ``-dirty`` where tracked files outside docs/ differ from it; None outside a checkout."""
-    git = ["git", "-C", str(folder)]
+    """The checkout's commit; None outside a checkout. Where files differ from it, outside docs/ or new ones in our
+    packages, ``-dirty-`` and a hash of the difference follow."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=True).stdout
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        diff = [*git, "diff", "--quiet", "HEAD", "--", NOT_DOCS]
-        changed = subprocess.run(diff, check=False, capture_output=True).returncode
+        commit, top = git("rev-parse", "HEAD", "--show-toplevel").decode().splitlines()
+        changes = git("diff", "--binary", "HEAD", "--", NOT_DOCS)
+        new = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", "--", *PACKAGES_OF_OURS)
+        for name in filter(None, new.split(b"\0")):
+            changes += name + (Path(top) / os.fsdecode(name)).read_bytes()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("-dirty" if changed else "")
+    return f"{commit}-dirty-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
 
 
 def same_code(commit: str | None, other: str | None, folder: Path = Path(__file__).parent) -> bool:

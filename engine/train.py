@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from data.loaders import Batch
+from data.samplers import step_seed
 from engine import distributed
 from engine.console import progress
 from engine.errors import Failed
@@ -29,6 +30,8 @@ def train_one_epoch(
     guard: NonFiniteGuard,
     batches: Iterator[Batch],
     sizes: list[int],
+    *,
+    seed: int,
     amp_dtype: torch.dtype | None = None,
     clip: Callable[[], None] = lambda: None,
     save_due: Callable[[int], bool] = lambda step: False,
@@ -37,7 +40,7 @@ def train_one_epoch(
     text: str = "training",
 ) -> None:
     """Train on ``batches`` and add what happened to ``state.sums``. ``sizes`` are the images of each batch of the epoch
-    to train on, of all processes together.
+    to train on, of all processes together. What layers draw follows from the run's ``seed``, epoch and step.
 
     ``forward`` is the model, or the model wrapped for several processes. ``clip`` is called on unscaled gradients,
     ``save`` after an update when ``save_due``. `NonFiniteLoss` one step after a loss that is not finite: see
@@ -52,6 +55,7 @@ def train_one_epoch(
         first = step - step % guard.accumulate_steps
         share = sizes[step] / sum(sizes[first : first + guard.accumulate_steps])  # of the images of the update
         guard.before_forward(step)
+        torch.manual_seed(step_seed(seed, state.epoch, step * distributed.world_size() + distributed.rank()))
         with torch.autocast(batch.images.device.type, amp_dtype, enabled=amp_dtype is not None):
             output = forward(batch.images, batch.targets, batch.mixed_targets)
         loss, parts = objective(output, len(batch.images), batch.share, batch.weights, batch.mixed_weights)

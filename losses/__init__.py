@@ -2,7 +2,7 @@
 
 A new classification loss is one file, one line in `CLASSIFICATION_LOSSES` and its own flags in `add_loss_flags`. Like
 `FocalLoss` it takes ``row_weights`` for synthetic images, and `mean_over_processes` makes its mean that of all
-processes.
+processes. It is built anew in every epoch and keeps nothing of it.
 """
 
 import argparse

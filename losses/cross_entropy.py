@@ -11,6 +11,8 @@ class CrossEntropyLoss(nn.Module):
     by the weights of its own rows, when there is one. With ``label_smoothing`` e a target counts 1 - e, and all
     classes, each with its weight, share e. A row of ``row_weights`` r [B] counts as r rows."""
 
+    mean_over = "weights"  # of classes and rows, not "rows" alone; without it --test_prior knows no prior of the loss
+
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
         super().__init__()
         self.label_smoothing = label_smoothing

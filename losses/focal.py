@@ -14,6 +14,8 @@ class FocalLoss(nn.Module):
     ``row_weights`` r [B] counts as r rows.
     """
 
+    mean_over = "rows"
+
     def __init__(self, gamma: float = 2.0, weight: Tensor | None = None):
         super().__init__()
         self.gamma = gamma

@@ -16,6 +16,8 @@ class LDAMLoss(nn.Module):
     ``row_weights`` r [B] counts as r rows.
     """
 
+    mean_over = "weights"
+
     def __init__(
         self,
         class_counts: Sequence[int] | Tensor,

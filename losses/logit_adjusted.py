@@ -16,6 +16,8 @@ class LogitAdjustedLoss(nn.Module):
     rows.
     """
 
+    mean_over = "weights"
+
     def __init__(
         self,
         class_counts: Sequence[int] | Tensor,

@@ -24,11 +24,14 @@ class Part(nn.Sequential):
 class Backbone(nn.Module):
     """Two parts: ``lower`` takes images to maps [B, C, H, W], ``upper`` takes maps to pooled features [B, D].
 
-    ``map_channels`` is C, ``num_features`` is D.
+    ``map_channels`` is C, ``num_features`` is D. No tensor of one may be named like one of the other: ``--weights``
+    knows both without their part, as torchvision names them.
     """
 
     def __init__(self, lower: Part, upper: Part, map_channels: int, num_features: int):
         super().__init__()
+        if shared := lower.state_dict().keys() & upper.state_dict().keys():
+            raise ValueError(f"lower and upper both have a tensor named {min(shared)}: weights could not be told apart")
         self.lower, self.upper = lower, upper
         self.map_channels, self.num_features = map_channels, num_features
 

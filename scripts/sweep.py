@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +126,8 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """The folder of the sweep, and all runs in order: each seed of the first setting, of the second, and so on.
     `Refused` for flags that no run would take, and for those that the sweep itself sets."""
     recipes = [recipe for flags in args.settings.values() for recipe in beside_recipe(flags)[0]]
-    extra = parsed("the flags after --", [*recipes[:1], "--data_dir", str(args.data_dir), *args.extra])
+    words = [*recipes[:1], "--data_dir", str(args.data_dir), *args.extra]
+    extra = parsed("the flags after --", words, train_parser().parse_args)  # each setting says if they go together
     given = given_flags(args.extra)
     for name, flags in {"the sweep": [], **args.settings}.items():
         taken = sorted(given & (OURS if name == "the sweep" else given_flags(beside_recipe(flags)[1])))
@@ -168,11 +169,11 @@ def beside_recipe(flags: list[str]) -> tuple[list[str], list[str]]:
     return [flag for flag in flags if flag.startswith("@")], [flag for flag in flags if not flag.startswith("@")]
 
 
-def parsed(what: str, flags: list[str]) -> argparse.Namespace:
+def parsed(what: str, flags: list[str], read: Callable = imagenet_lt_train.parse_args) -> argparse.Namespace:
     """As the train script reads ``flags``, but without its warnings, which each run gives."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            return imagenet_lt_train.parse_args(flags)
+            return read(flags)
         except SystemExit as error:
             if not error.code:
                 raise

@@ -317,6 +317,16 @@ def test_p_values_over_seeds_are_corrected_for_the_pairs_that_have_one(make_run)
     assert all(pair.p_seeds_holm is None for pair in pairs if pair.p_seeds is None)
 
 
+def test_runs_of_one_seed_are_compared_with_each_other_whatever_other_seeds_there_are(make_run):
+    first = [make_run(f"a_seed{seed}", seed, wrong=9, lr=0.1) for seed in (0, 1)]
+    second = make_run("b_seed1", 1, wrong=9, lr=0.2)  # the images that a_seed1 gets wrong, too
+    pairs = paired_tests(grouped([read_run(folder) for folder in [*first, second]]))
+    assert [pair.discordant for pair in pairs] == [[(0, 0)]]
+    other = make_run("c_seed2", 2, wrong=9, lr=0.3)  # no seed in common: k-th with k-th
+    (pair,) = paired_tests(grouped([read_run(folder) for folder in (first[0], other)]))
+    assert pair.discordant != [(0, 0)]
+
+
 def welch(values: list[float], others: list[float]) -> float:
     """Welch's t-test by its formulas: t over the standard error, degrees of freedom by Satterthwaite."""
     errors = [variance(each) / len(each) for each in (values, others)]

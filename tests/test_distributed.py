@@ -23,9 +23,9 @@ from engine.errors import Refused
 from engine.options import train_parser
 from engine.train import renew_statistics, with_batch
 from losses import (
+    CLASSIFICATION_LOSSES,
     CrossEntropyLoss,
     FocalLoss,
-    LDAMLoss,
     LogitAdjustedLoss,
     SupConLoss,
     inverse_frequency_weights,
@@ -51,9 +51,11 @@ def mv_loss(maps: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES = {
+    **{
+        f"default_{name}": build(train_parser().parse_args([]), COUNTS, inverse_frequency_weights(COUNTS))
+        for name, (_, build) in CLASSIFICATION_LOSSES.items()
+    },
     "cross_entropy": CrossEntropyLoss(),
-    "weighted_ldam": LDAMLoss(COUNTS, weight=inverse_frequency_weights(COUNTS)),
-    "focal": FocalLoss(weight=inverse_frequency_weights(COUNTS)),
     "supcon": SupConLoss(),
     "logit_adjusted": LogitAdjustedLoss(COUNTS, weight=inverse_frequency_weights(COUNTS), label_smoothing=0.1),
     "balanced_supcon": lambda rows, targets: SupConLoss()(rows, targets, prototypes=torch.eye(3) - 0.1),

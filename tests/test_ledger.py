@@ -221,10 +221,18 @@ def test_commit_is_dirty_by_code_and_not_by_the_ledger(tmp_path, monkeypatch):
     (tmp_path / "docs/ledger.jsonl").write_text("{}\n")
     assert code_commit(tmp_path / "engine") == head
     (tmp_path / "engine/a.py").write_text("1\n")
-    assert code_commit(tmp_path / "engine") == f"{head}-dirty"
+    changed = code_commit(tmp_path / "engine")
+    assert changed.startswith(f"{head}-dirty-")
+    (tmp_path / "engine/new.py").touch()
+    (tmp_path / "notes.py").touch()  # of nothing that a run is made by
+    assert len({changed, code_commit(tmp_path / "engine")}) == 2
+    (tmp_path / "engine/new.py").unlink()
+    assert code_commit(tmp_path / "engine") == changed
+    (tmp_path / "engine/a.py").write_text("2\n")
+    assert code_commit(tmp_path / "engine") != changed
     git("commit", "docs/ledger.jsonl", "-m", "ledger")
     assert same_code(head, docs := git("rev-parse", "HEAD").strip(), tmp_path / "engine")
     git("commit", "engine/a.py", "-m", "code")
     code = git("rev-parse", "HEAD").strip()
-    others = [(docs, code), (head, f"{head}-dirty"), (head, None), (head, "0" * 40)]
+    others = [(docs, code), (head, changed), (head, None), (head, "0" * 40)]
     assert not any(same_code(*pair, tmp_path / "engine") for pair in others)

@@ -12,7 +12,7 @@ from engine.errors import Refused
 from engine.flags import Parser
 from losses import add_loss_flags
 from models import ARCHITECTURES, add_model_flags, build_model, check_model_flags, load_backbone_weights
-from models.backbones import torchvision_resnet
+from models.backbones import Backbone, Part, torchvision_resnet
 from models.resnet_cifar import resnet_cifar
 from rsg import add_rsg_flags
 
@@ -97,7 +97,7 @@ def test_a_cifar_block_is_two_convolutions_and_a_shortcut_written_out():
     torch.testing.assert_close(block(maps), (out + shortcut).relu())
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if not arch.startswith("resnet32")])
+@pytest.mark.parametrize("arch", ["resnext50_32x4d", "resnet50", "resnet18"])
 def test_the_features_are_those_of_torchvisions_forward_with_the_same_weights(arch):
     torch.manual_seed(3)
     ours = torchvision_resnet(arch).eval()
@@ -107,6 +107,12 @@ def test_the_features_are_those_of_torchvisions_forward_with_the_same_weights(ar
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(ours.upper(ours.lower(images)), theirs(images))
+
+
+def test_parts_with_a_name_in_common_are_no_backbone():
+    """--weights knows tensors without the part that they are in: it would give both the same."""
+    with pytest.raises(ValueError, match="lower and upper both have a tensor named 0.bias"):
+        Backbone(Part(nn.Linear(2, 2)), Part(nn.Linear(2, 2)), 2, 2)
 
 
 def test_the_imagenet_stem_divides_the_size_by_16_before_the_generator_and_the_small_one_by_4():

@@ -9,6 +9,7 @@ from engine.errors import Refused
 from engine.options import train_parser
 from engine.priors import model_prior, read_prior, training_prior
 from engine.record import real_class_counts
+from losses import CrossEntropyLoss
 
 CLASSES, COUNTS = ["common", "house finch", "rare"], [90, 9, 1]
 TRAIN, UNIFORM = [0.9, 0.09, 0.01], [1 / 3] * 3
@@ -52,6 +53,12 @@ def test_a_logit_adjusted_loss_beside_another_has_no_prior():
     args = vars(train_parser().parse_args([*CE, "--add_logit_adjusted_loss"]))
     with pytest.raises(Refused, match="no prior that is known"):
         model_prior(args, COUNTS, "main", 9)
+
+
+def test_a_loss_that_does_not_say_so_has_no_prior(monkeypatch):
+    monkeypatch.delattr(CrossEntropyLoss, "mean_over")
+    with pytest.raises(Refused, match=r"of CE\(linear\) it is not known which prior"):
+        model_prior(vars(train_parser().parse_args([*CE, "--norm_out", "False"])), COUNTS, "main", 9)
 
 
 def test_label_smoothing_leaves_no_prior_but_in_focal():

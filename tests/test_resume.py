@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import imagenet_lt_test
 import imagenet_lt_train
@@ -21,6 +22,8 @@ from engine.errors import Failed
 from engine.record import sessions
 from engine.run import RunFolder
 from engine.state import TrainingState, read_state
+from models import ARCHITECTURES
+from models.resnet_cifar import resnet_cifar
 
 ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ["--drw_epoch", "1", "--drs_epoch", "2", "--epoch_thresh", "0", "--add_sphere_loss"]
@@ -62,8 +65,15 @@ MIXED += " --precise_bn"
 @pytest.mark.parametrize(
     "more", [[], ["--save_every_steps", "3"], ["--accumulate_steps", "2"], STRONG.split(), MIXED.split()]
 )
-def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, more):
-    """The state before the last save is put back, as after a kill: between epochs, or inside one."""
+def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, monkeypatch, more):
+    """The state before the last save is put back, as after a kill: between epochs, or inside one. Dropout draws."""
+
+    def with_dropout(args):
+        backbone = resnet_cifar(32, 16)
+        backbone.upper.append(nn.Dropout(0.2))
+        return backbone
+
+    monkeypatch.setitem(ARCHITECTURES, "resnet32", with_dropout)
     whole = train(tmp_path / "whole", tiny_dataset, *more)
     resumed = tmp_path / "resumed" / "run"
     shutil.copytree(whole, resumed)
@@ -446,6 +456,22 @@ def test_a_broken_line_of_the_log_is_named(tmp_path, tiny_dataset, capsys):
         train(tmp_path, tiny_dataset, "--resume")
     assert error.value.code == 2
     assert "log.jsonl, line 2" in capsys.readouterr().err
+
+
+def test_a_run_with_a_loss_that_this_code_does_not_know_is_refused(tmp_path, tiny_dataset, capsys):
+    run = train(tmp_path, tiny_dataset, "--max_steps", "1")
+    record = json.loads((run / "args.json").read_text())
+    record["flags"]["add_new_loss"] = False  # changes nothing
+    (run / "args.json").write_text(json.dumps(record))
+    args = imagenet_lt_test.parse_args(["--model_dir", str(run)])
+    imagenet_lt_test.main(args)
+    record["flags"]["add_new_loss"] = True
+    (run / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as error:
+        imagenet_lt_test.main(args)
+    assert error.value.code == 2
+    expected = f"trained with --add_new_loss, which this code does not know; use that of commit {record['commit']}"
+    assert expected in capsys.readouterr().err
 
 
 def test_a_run_from_before_a_flag_was_added_goes_on(tmp_path, tiny_dataset):

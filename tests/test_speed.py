@@ -116,7 +116,7 @@ def test_batches_of_one_update_count_by_their_images():
         state = TrainingState(model, optimizer, build_scaler(None, CPU))
         objective = build_objective(flags("--add_ldam_loss 0 --add_supcon_loss 0 --add_cross_entropy_loss"), COUNTS)
         guard = NonFiniteGuard(model, optimizer, False, accumulated)
-        train_one_epoch(model, objective, state, guard, iter(given), [len(batch.targets) for batch in given])
+        train_one_epoch(model, objective, state, guard, iter(given), [len(batch.targets) for batch in given], seed=0)
         weights.append(model.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-12)
 
@@ -192,8 +192,11 @@ def test_the_start_line_and_the_record_say_precision_and_order(tmp_path, tiny_da
 # Compiled parts
 
 
-def conv_part(*channels: int) -> Part:
-    return Part(nn.Conv2d(*channels, 3, padding=1), nn.BatchNorm2d(channels[1]), nn.ReLU())
+def tiny_backbone(*last: nn.Module) -> Backbone:
+    sizes = ((3, 4), (4, 5))
+    convolutions = [(nn.Conv2d(*size, 3, padding=1), nn.BatchNorm2d(size[1]), nn.ReLU()) for size in sizes]
+    layers = Part(*convolutions[0], *convolutions[1], *last)
+    return Backbone(layers[:3], layers[3:], 4, 5)
 
 
 def test_compiled_parts_are_compiled_once_for_any_number_of_rows_and_change_neither_numbers_nor_names():
@@ -203,7 +206,7 @@ def test_compiled_parts_are_compiled_once_for_any_number_of_rows_and_change_neit
         graphs.append(graph)
         return graph.forward
 
-    backbone = Backbone(conv_part(3, 4), Part(*conv_part(4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 4, 5)
+    backbone = tiny_backbone(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     plain, names = copy.deepcopy(backbone), list(backbone.state_dict())
     backbone.compile(backend=backend)
     for rows, generated in ((6, 2), (6, 0), (4, 3), (3, 5)):
@@ -217,7 +220,7 @@ def test_compiled_parts_are_compiled_once_for_any_number_of_rows_and_change_neit
 
 
 def test_a_compiled_part_can_go_backward_twice_as_generated_keys_ask():
-    backbone = Backbone(conv_part(3, 4), conv_part(4, 5), 4, 5)
+    backbone = tiny_backbone()
     backbone.compile(backend="aot_eager")
     maps = torch.randn(2, 4, 8, 8, requires_grad=True)
     loss = backbone.upper(maps).square().sum()

@@ -191,6 +191,9 @@ def test_what_the_sweep_sets_is_refused_from_the_user(tmp_path, tiny_dataset, ca
     assert message(data, "--", "--seed", "1") == "--seed is not for the flags after --: the sweep sets it"
     assert "--epoch 3" in message(data, "--", "--epoch", "3")
     assert "out of range" in message(data, "--", "--cbl_beta", "2")
+    two = "a --add_cross_entropy_loss\nb --add_focal_loss"
+    no_loss = ["--add_ldam_loss", "False", "--add_supcon_loss", "False"]  # alone no run would take that
+    assert len(sweep.planned(sweep.parse_args(["two", two, data, "--seeds", "0", "--", *no_loss]))[1]) == 2
     assert "stands there twice" in message(data, "--seeds", "1", "1")
     assert "nowhere" in message(str(tmp_path / "nowhere"))
     assert "bash scripts/" in refused(capsys, sweep.parse_args, ["--help"])  # not by one of the scripts

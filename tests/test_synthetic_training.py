@@ -16,10 +16,16 @@ from data.build import build_training_loader, read_data
 from data.loaders import Batch, Pixels, TrainingLoader
 from data.samplers import epoch_order
 from data.synthesis import Recipe
+from engine.options import train_parser
 from engine.state import TrainingState
 from engine.train import epoch_row, with_batch
-from losses import CrossEntropyLoss, FocalLoss, LDAMLoss, SupConLoss, build_objective
-from losses.logit_adjusted import LogitAdjustedLoss
+from losses import (
+    CLASSIFICATION_LOSSES,
+    CrossEntropyLoss,
+    SupConLoss,
+    build_objective,
+    inverse_frequency_weights,
+)
 from models import build_model
 from models.classifier import Output
 from tests.test_synthesis import error_of, train
@@ -147,11 +153,11 @@ def test_synthetic_images_that_are_not_there_are_named(tiny_dataset, with_synthe
 
 
 ROW_LOSSES = {
-    "cross_entropy": CrossEntropyLoss(),
+    **{
+        name: build(train_parser().parse_args([]), [9, 4, 2], inverse_frequency_weights([9, 4, 2]))
+        for name, (_, build) in CLASSIFICATION_LOSSES.items()
+    },
     "weighted, smoothed": CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]), label_smoothing=0.2),
-    "ldam": LDAMLoss([9, 4, 2], weight=torch.tensor([0.5, 1.0, 2.0])),
-    "focal": FocalLoss(weight=torch.tensor([0.5, 1.0, 2.0])),
-    "logit_adjusted": LogitAdjustedLoss([9, 4, 2]),
 }
 
 
@@ -162,7 +168,9 @@ def test_a_row_of_weight_r_counts_as_r_rows(name):
     repeated = loss_fn(logits.repeat_interleave(repeats, dim=0), targets.repeat_interleave(repeats))
     for scale in (1, 0.25):  # only their ratios matter
         torch.testing.assert_close(loss_fn(logits, targets, row_weights=scale * repeats), repeated)
+    buffers = [buffer.clone() for buffer in loss_fn.buffers()]
     torch.testing.assert_close(loss_fn(logits, targets, row_weights=torch.ones(5)), loss_fn(logits, targets))
+    assert all(map(torch.equal, buffers, loss_fn.buffers()))  # it is built anew in each epoch, and keeps no state
 
 
 @pytest.mark.parametrize("anchors", [7, 4])

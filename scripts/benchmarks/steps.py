@@ -89,6 +89,7 @@ class TrainingSteps:
             self.guard,
             iter(batches),
             [1] * num_steps,  # all of one size
+            seed=0,
             amp_dtype=self.amp_dtype,
             clip=self.clip,
         )
