@@ -52,9 +52,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     head = head_classes(counts, record["flags"]["head_tail_ratio"]).numpy()
     groups = shot_groups | {"head": head, "tail": ~head}
 
-    last = predictor
-    if predictor.weights != "last":
-        last = Predictor(args, run, predictor.device, "last")
+    last = predictor if predictor.weights == "last" else Predictor(args, run, predictor.device, "last")
     logits, features = predictor(loader, "testing")
     summary = metrics.summary(logits, targets, counts, groups) | {"epoch": predictor.epoch}
     result = {"split": args.split, "weights": predictor.weights, "predict_with": predictor.head, **summary}
@@ -77,7 +75,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     if args.split == "val" and is_own and (predictor.weights == "best" or record.get("val_balanced_accuracy_by_tau")):
         result["chosen_on_these_images"] = True
     result["last"] = summary
-    if last is not predictor:
+    if last.weights_hash != predictor.weights_hash:
         result["last"] = metrics.summary(last(loader, "testing")[0], targets, counts, groups) | {"epoch": last.epoch}
     if args.data_dir is None and args.list_dir is None and not is_own:
         warn(f"{folders.root} no longer holds the images that the run was trained with")

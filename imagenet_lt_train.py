@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
     torch.manual_seed(seed)
-    model = distributed.together(lambda: build_model(args, folders.class_counts, with_generator=args.add_rsg))
+    start = argparse.Namespace(**vars(args) | {"pretrained": args.pretrained and not saved})  # else the state has all
+    model = distributed.together(lambda: build_model(start, folders.class_counts, with_generator=args.add_rsg))
     if args.weights and not saved:
         whole = args.freeze_backbone
         for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
@@ -117,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         say(describe(args, folders, record))
         say(f"{'goes on' if goes_on else 'starts'} in epoch {state.epoch}, step {state.step}; run folder {run.path}")
         with StopSignal() as stop:
-            fit(args, folders.class_counts, run, state, training, selection, amp_dtype, stop)
+            fit(args, run, state, training, selection, stop)
     say(f"done; test it with: {run.test_command()}")
     distributed.stop()
 
@@ -139,18 +140,15 @@ def take_up(run: RunFolder, state: TrainingState, record: dict) -> bool:
 
 def fit(
     args: argparse.Namespace,
-    class_counts: list[int],
     run: RunFolder,
     state: TrainingState,
     training: TrainingLoader,
     selection: Selection,
-    amp_dtype: torch.dtype | None,
     stop: StopSignal,
 ) -> None:
     """The epochs that are left: train, judge on val/, log, save."""
-    model, device = state.model, training.device
-    scaled = amp_dtype == torch.float16
-    guard = NonFiniteGuard(model, state.optimizer, scaled, args.accumulate_steps, state.averaged)
+    model, device, amp_dtype = state.model, training.device, selection.amp_dtype
+    guard = NonFiniteGuard(model, state.optimizer, amp_dtype == torch.float16, args.accumulate_steps, state.averaged)
     clip = build_clip(model, args.clip_grad_norm)
     forward = phase = None
 
@@ -167,7 +165,7 @@ def fit(
     while not state.finished:
         epoch = state.epoch
         set_learning_rate(state.optimizer, learning_rate(args, epoch))
-        objective = build_objective(args, class_counts, epoch).to(device)
+        objective = build_objective(args, selection.class_counts, epoch).to(device)
         if phase != (phase := model.start_phase(generates(args, epoch), objective.trains_heads())):
             forward = distributed.data_parallel(model)
         batches = training.epoch(epoch, sampler_of(args, epoch), state.step)

@@ -1,7 +1,6 @@
 """Synthetic images of a data set: how many each class gets, what decides each of them, and the manifest of them all."""
 
 import contextlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from data.folders import ImageFolders, Split, known_names
 from data.long_tail import sha256_of
 from engine.console import first_of, warn
 from engine.errors import Refused
-from engine.files import append_line, locked, read_json, read_json_lines, write_json_lines
+from engine.files import append_json, locked, read_json, read_json_lines, write_json_lines
 
 MANIFEST = "manifest.jsonl"
 RESULTS = {"file", "batch_size", "precision", "sha256", "flagged", "kept", "why"}  # what a row holds besides `facts`
@@ -155,7 +154,7 @@ class Manifest:
         return [job for job in jobs if (job.class_name, job.index) not in present]
 
     def add(self, row: dict) -> None:
-        append_line(self.path, json.dumps(row))
+        append_json(self.path, row)
         self.rows.append(row)
 
     def save(self) -> None:

@@ -46,11 +46,11 @@ def _alone(temporary: Path) -> IO[bytes]:
         file.close()
 
 
-def append_line(path: Path, line: str) -> None:
+def append_json(path: Path, row: dict) -> None:
     """Add a line to ``path`` and wait until it is on the disk."""
     try:
         with path.open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -129,12 +129,17 @@ def number_in(
 
 
 def command_line(script: str, flags: dict, defaults: dict) -> str:
-    """The shell command that gives ``script`` these flags; those at their defaults, or None, are left out."""
-    words = ["python", script]
+    """The shell command that gives ``script`` the `flag_words`."""
+    return shlex.join(["python", script, *flag_words(flags, defaults)])
+
+
+def flag_words(flags: dict, defaults: dict) -> list[str]:
+    """``flags`` as a command line has them; those at their ``defaults``, or None, are left out."""
+    words = []
     for flag, value in flags.items():
         if value is None or value == defaults.get(flag):
             continue
         texts = [str(each) for each in value] if isinstance(value, list) else [str(value)]
         joined = len(texts) == 1 and texts[0][:1] in ("-", "@")  # would be read as a flag, or as a file of flags
         words += [f"--{flag}={texts[0]}"] if joined else [f"--{flag}", *texts]
-    return shlex.join(words)
+    return words

@@ -124,6 +124,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
         choices=PREDICT_WITH,
         help="head, mean of heads, or nearest class mean; default: the trained one",
     )
+    group = group.add_mutually_exclusive_group()  # both correct for the class prior
     group.add_argument(
         "--test_prior",
         metavar="PRIOR",

@@ -75,8 +75,7 @@ def write_comparison(
     val = Labelled(predictor(loader, "validation").logits, loader.targets.numpy())
     head = dict(predictor.model.heads.items()).get(predictor.head)
     record = predictor.record
-    prior = training_prior(record["flags"], record["class_counts"], record.get("synthetic_counts"))
-    rows = compare(val, test, record["class_counts"], groups, head, prior)
+    rows = compare(val, test, record["class_counts"], groups, head, training_prior(record))
     if distributed.is_main():
         about = {key: result[key] for key in ("split", "weights", "predict_with", "split_hash", "weights_hash")}
         write_json(folder / "post_hoc.json", about | {"val_images": len(val.targets), "rows": rows})

@@ -39,7 +39,7 @@ class Predictor:
         self.args, self.run, self.device = args, run, device
         self.amp_dtype = autocast_dtype(args.amp, device)
         self.record = read_record(run)
-        flags, classes, counts = self.record["flags"], self.record["classes"], self.record["class_counts"]
+        flags, classes = self.record["flags"], self.record["classes"]
         self.weights = weights or args.weights or default_weights(run)
         self.head = args.predict_with or default_head(flags)
         heads = ["main", *margin_heads_on(argparse.Namespace(**flags))]
@@ -50,17 +50,14 @@ class Predictor:
         tensors, self.epoch, self.weights_hash = read_weights(run, self.weights)
         self.test_prior = None
         self.shift = None  # what corrects for a prior: [C], added to the logits
-        synthetic, no_logits = self.record.get("synthetic_counts"), np.zeros(len(classes))
-        if args.test_prior is not None and args.logit_adjust is not None:
-            raise Refused("--test_prior and --logit_adjust both correct for the class prior; give one")
+        no_logits = np.zeros(len(classes))
         if args.logit_adjust is not None:
-            self.shift = logit_adjusted(no_logits, training_prior(flags, counts, synthetic), args.logit_adjust)
+            self.shift = logit_adjusted(no_logits, training_prior(self.record), args.logit_adjust)
         if args.test_prior is not None:
             if "tau" in self.record:
                 raise Refused("--test_prior: the logits of a rescaled classifier stand for no prior that is known")
             self.test_prior = read_prior(args.test_prior, classes, real_class_counts(self.record))
-            prior = model_prior(flags, counts, self.head, self.epoch, synthetic)
-            self.shift = reweighted(no_logits, prior, self.test_prior)
+            self.shift = reweighted(no_logits, model_prior(self.record, self.head, self.epoch), self.test_prior)
         self.model = trained_model(run, self.record, tensors).to(device)
         self.class_means = None
         if self.head == "ncm":

@@ -10,6 +10,7 @@ import numpy as np
 from data.build import sampler_of
 from data.samplers import SAMPLERS
 from engine.errors import Refused
+from engine.record import real_class_counts
 from losses import build_objective
 
 
@@ -25,9 +26,7 @@ def logit_adjusted(logits: np.ndarray, prior: np.ndarray, tau: float) -> np.ndar
     return logits - tau * np.log(prior)
 
 
-def model_prior(
-    flags: dict, class_counts: list[int], head: str, epoch: int, synthetic_counts: list[int] | None = None
-) -> np.ndarray:
+def model_prior(record: dict, head: str, epoch: int) -> np.ndarray:
     """The class prior [C], sum 1, that training up to ``epoch`` put into the softmax of ``head``.
 
     With d_j ~ n_j^power the share of class j in what the sampler drew (power 1 without one), its synthetic images
@@ -39,15 +38,14 @@ def model_prior(
     class mean knows no prior: uniform. `Refused` for a logit-adjusted loss beside another: together they know none; for
     label smoothing, of which an equal share for each class stays, however rare it is; and without `mean_over`.
     """
+    args, counts = argparse.Namespace(**record["flags"]), np.array(record["class_counts"], dtype=float)
     if head == "ncm":
-        return np.full(len(class_counts), 1 / len(class_counts))
-    args = argparse.Namespace(**flags)
+        return np.full(len(counts), 1 / len(counts))
     power = SAMPLERS[sampler_of(args, epoch)]
-    counts = np.array(class_counts, dtype=float)
-    mass, images = _images(flags, class_counts, synthetic_counts)
+    mass, images = _images(record)
     drawn = _normalised(mass if power is None else counts**power * mass / images)
-    prior, adjustments = np.zeros(len(class_counts)), []
-    for term in build_objective(args, class_counts, epoch).head_terms:
+    prior, adjustments = np.zeros(len(counts)), []
+    for term in build_objective(args, record["class_counts"], epoch).head_terms:
         mean_over = getattr(term.loss_fn, "mean_over", None)
         if mean_over is None:
             raise Refused(f"--test_prior: of {term.text} it is not known which prior the softmax stands for")
@@ -63,17 +61,16 @@ def model_prior(
     return _normalised(prior) if prior.any() else drawn
 
 
-def training_prior(flags: dict, class_counts: list[int], synthetic_counts: list[int] | None = None) -> np.ndarray:
+def training_prior(record: dict) -> np.ndarray:
     """Each class's share [C], sum 1, of the images trained on, a synthetic one counting by its weight."""
-    return _normalised(_images(flags, class_counts, synthetic_counts)[0])
+    return _normalised(_images(record)[0])
 
 
-def _images(flags: dict, class_counts: list[int], synthetic_counts: list[int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _images(record: dict) -> tuple[np.ndarray, np.ndarray]:
     """Images of each class: what they count, and their number."""
-    counts = np.array(class_counts, dtype=float)
-    made = np.array(synthetic_counts or [0] * len(counts))
-    real = counts - made if flags["count_synthetic"] else counts
-    return real + flags["synthetic_weight"] * made, real + made
+    real = np.array(real_class_counts(record), dtype=float)
+    made = np.array(record.get("synthetic_counts", [0] * len(real)))
+    return real + record["flags"]["synthetic_weight"] * made, real + made
 
 
 def read_prior(word: str, classes: list[str], class_counts: list[int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from engine.evaluate import head_in_words
 from engine.figures import plot_accuracy_by_class, plot_confusion, plot_features, plot_reliability
 from engine.files import read_json, write_atomically, write_json
 from engine.metrics import confusion_matrix, per_class
-from engine.page import JudgedImages, write_page
+from engine.page import FIGURES, NO_PERCENTAGE, JudgedImages, write_page
 from engine.record import read_log, real_class_counts
 
 REPORT_FILES = (
@@ -29,8 +29,6 @@ REPORT_FILES = (
     "post_hoc.json",  # when asked for
     "report.html",
 )
-PERCENT = ("top1", "top5", "balanced_accuracy", "macro_f1", "g_mean", "worst_class", "many", "medium", "few")
-PERCENT += ("head", "tail", "ece")
 FEW_IMAGES = 10  # of a class in a test: among fewer there may be no mistake, and then no spread, by chance alone
 
 
@@ -79,9 +77,9 @@ def table(result: dict) -> str:
     lines = [f"{result['n']} {result['split']} images of {number_of_classes(result['classes_tested'])}"]
     by = head_in_words(result["predict_with"])
     lines.append(f"{result['weights']} weights, of epoch {result['epoch']}; predicted by {by}")
-    for name in (*PERCENT, "nll", "brier"):
+    for name in FIGURES:
         if name in result:
-            percent = name in PERCENT
+            percent = name not in NO_PERCENTAGE
             value = f"{100 * result[name]:6.2f} %" if percent else f"{result[name]:6.3f}  "
             low, high = result["intervals"].get(name, (None, None))
             factor = 100 if percent else 1

@@ -1,7 +1,6 @@
 """The run folder: what a run was told, what it did, its weights, and all that an exact resume needs."""
 
 import argparse
-import json
 import math
 import os
 from pathlib import Path
@@ -212,7 +211,7 @@ class RunFolder:
         state.finished = finished
         if distributed.is_main():
             say(summary_line(row, is_best))
-            files.append_line(self.path / "log.jsonl", json.dumps(row))
+            files.append_json(self.path / "log.jsonl", row)
             for key, value in row.items():
                 if key != "epoch":
                     self.writer.add_scalar(key, value, row["epoch"])

@@ -6,7 +6,6 @@ __import__("sys").path.insert(0, str(__import__("pathlib").Path(__file__).resolv
 Exit code 1 when something must be acted on. 60,000 images of 32 px take about half a minute on two cores.
 """
 
-import os
 from pathlib import Path
 
 from data.audit import audit
@@ -17,6 +16,7 @@ from engine.console import say
 from engine.errors import Failed, Refused, one_line_errors
 from engine.files import write_json
 from engine.flags import Parser, given_path, number_in
+from engine.hardware import num_cores
 
 
 def parse_args(argv: list[str] | None = None):
@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None):
     )
     add("--output", type=given_path, metavar="DIR", help="folder for audit.json and audit.png; the data folder")
     add("--near_limit", type=count, default=100_000, metavar="N", help="most images searched for near-duplicates")
-    add("-j", "--workers", type=number_in(1, kind=int), default=os.cpu_count(), metavar="N", help="reading threads")
+    add("-j", "--workers", type=number_in(1, kind=int), default=num_cores(), metavar="N", help="reading threads")
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from engine.compare import Run, read_run, what_is_missing
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.files import locked, read_json_lines, write_atomically, write_json_lines
-from engine.flags import Parser, command_line, given_path
+from engine.flags import Parser, flag_words, given_path
 from engine.record import plain_flags
 from engine.run import MAY_CHANGE
 
@@ -182,19 +182,19 @@ def entry_of(run: Run) -> dict:
 def command_of(flags: dict, recipe: str, seed: int) -> tuple[str, dict]:
     """The command that trains like this, and the recipe's own flags. `Refused` when no command beside the recipe can
     say it: no word stands for a flag that is not given, and an older version may have known others."""
-    file = f"@scripts/recipes/{recipe}.txt"
-    told = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}"]))
+    file = f"scripts/recipes/{recipe}.txt"
+    told = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file}"]))
     ours = {name: value for name, value in flags.items() if name not in MAY_CHANGE}
     ours |= {"data_dir": f"data/{Path(flags['data_dir']).name}", "seed": seed}
     ours |= {name: Path(flags[name]).name for name in FILES if flags[name] is not None}
-    words = command_line("", ours, told).split(" ", 2)[2]
+    words = flag_words(ours, told)
     try:
-        again = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file[1:]}", *shlex.split(words)]))
+        again = plain_flags(imagenet_lt_train.parse_args([f"@{ROOT / file}", *words]))
     except SystemExit:
-        raise Refused(f"{file} takes no {words}: the run was not trained with this recipe") from None
+        raise Refused(f"@{file} takes no {shlex.join(words)}: the run was not trained with this recipe") from None
     if changed := [name for name, value in ours.items() if again[name] != value]:
-        raise Refused(f"--{changed[0]} {ours[changed[0]]} is not what {file} says, and no flag takes that back")
-    return f"python imagenet_lt_train.py {file} {words}", told
+        raise Refused(f"--{changed[0]} {ours[changed[0]]} is not what @{file} says, and no flag takes that back")
+    return shlex.join(["python", "imagenet_lt_train.py", f"@{file}", *words]), told
 
 
 def page(entries: list[dict]) -> str:
@@ -219,9 +219,11 @@ def alike(entries: list[dict]) -> list[list[dict]]:
     """Those that differ only in their seed, version or commit; most epochs first."""
 
     def key(entry: dict) -> tuple:
-        return -entry["epochs"], entry["split"], changes(entry), entry["hardware"], entry["precision"]
+        kind = entry["hardware"].rpartition(" of ")[2]  # however many of its cores were free; threads stand beside it
+        return -entry["epochs"], entry["split"], changes(entry), kind, entry["precision"]
 
-    return [list(group) for _, group in groupby(sorted(entries, key=key), key)]
+    by_seed = sorted(entries, key=lambda entry: entry["seed"])
+    return [list(group) for _, group in groupby(sorted(by_seed, key=key), key)]
 
 
 def table_row(name: str, row: Row, runs: list[dict]) -> str:
@@ -255,8 +257,8 @@ def detail(name: str, row: Row, runs: list[dict]) -> str:
     seeds = ", ".join(f"{100 * run['last']['balanced_accuracy']:.2f} (seed {run['seed']})" for run in runs)
     seconds = statistics.mean(run["seconds_per_epoch"] for run in runs)
     threads = {f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in runs}
-    versions = {f"torch {run['torch']}" for run in runs}
-    place = ", ".join([*sorted(threads), runs[0]["hardware"], runs[0]["precision"], *sorted(versions)])
+    machines, versions = {run["hardware"] for run in runs}, {f"torch {run['torch']}" for run in runs}
+    place = ", ".join([*sorted(threads), " or ".join(sorted(machines)), runs[0]["precision"], *sorted(versions)])
     commits = {str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs}
     gap = ""
     if known := published(row, runs):

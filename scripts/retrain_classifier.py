@@ -23,7 +23,7 @@ from engine import distributed, files
 from engine.console import say, warn
 from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
-from engine.flags import Parser, add_root_model, number_in
+from engine.flags import Parser, add_root_model, flag_words, number_in
 from engine.options import train_parser
 from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
 from engine.record import check_finished, code_commit, plain_flags, read_record
@@ -37,15 +37,7 @@ OF_THE_PARENT = (
     *("arch", "stem", "neck", "norm_out", "norm_scale", "normalize", "hflip", "batch_size", "head_tail_ratio"),
 )
 FOR_TAU = {
-    "run_name",
-    "root_log",
-    "overwrite",
-    "data_dir",
-    "list_dir",
-    "batch_size",
-    "workers",
-    "cache_limit",
-    "device",
+    *("run_name", "root_log", "overwrite", "data_dir", "list_dir", "batch_size", "workers", "cache_limit", "device"),
 }
 OWN = ("run_name", "root_model", "root_log", "data_dir", "list_dir")  # of a rescaled run; the rest is its parent's
 
@@ -76,10 +68,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def training_flags(args: argparse.Namespace) -> list[str]:
     record = read_record(args.parent)
-    flags = {name: value for name in OF_THE_PARENT if (value := record["flags"][name]) is not None}
+    flags = {name: record["flags"][name] for name in OF_THE_PARENT}
     flags |= {"img_size": record["img_size"], "weights": args.parent / f"{args.parent_weights}.safetensors"}
     flags |= {"root_model": args.root_model, "run_name": f"{args.parent.name}_{args.method}", "seed": record["seed"]}
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + CRT.split()
+    return flag_words(flags, {}) + CRT.split()
 
 
 @one_line_errors

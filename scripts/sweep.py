@@ -126,7 +126,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     """The folder of the sweep, and all runs in order: each seed of the first setting, of the second, and so on.
     `Refused` for flags that no run would take, and for those that the sweep itself sets."""
     recipes = [recipe for flags in args.settings.values() for recipe in beside_recipe(flags)[0]]
-    words = [*recipes[:1], "--data_dir", str(args.data_dir), *args.extra]
+    words = [*recipes[:1], f"--data_dir={args.data_dir}", *args.extra]
     extra = parsed("the flags after --", words, train_parser().parse_args)  # each setting says if they go together
     given = given_flags(args.extra)
     for name, flags in {"the sweep": [], **args.settings}.items():
@@ -139,15 +139,7 @@ def planned(args: argparse.Namespace) -> tuple[Path, list[Run]]:
     defaults = {} if recipes else vars(train_parser().parse_args([]))  # beside a recipe a default is a change
     sweep = sweep_name(args.sweep.removeprefix("reproduce_"), args.data_dir, extra, given, defaults)
     root_model, root_log = extra.root_model / sweep, extra.root_log / sweep
-    fixed = [
-        "--data_dir",
-        str(args.data_dir),
-        *args.extra,
-        "--root_model",
-        str(root_model),
-        "--root_log",
-        str(root_log),
-    ]
+    fixed = [f"--data_dir={args.data_dir}", *args.extra, f"--root_model={root_model}", f"--root_log={root_log}"]
     runs, names = [], {}
     for setting, flags in args.settings.items():
         recipe, flags = beside_recipe(flags)

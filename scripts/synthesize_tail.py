@@ -11,7 +11,6 @@ are kept, and synthetic.png shows them beside real ones.
 """
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
@@ -31,7 +30,8 @@ from engine import distributed
 from engine.agreement import Agreement
 from engine.console import first_of, say
 from engine.errors import Refused, one_line_errors
-from engine.flags import Parser, add_device, add_root_model, add_switch, given_path, number_in
+from engine.flags import Parser, add_device, add_root_model, add_switch, command_line, given_path, number_in
+from engine.hardware import num_cores
 from engine.run import find_run
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None):
     add("--filter_model", metavar="RUN", help="a trained run that must find an image's class")
     add("--filter_top_k", type=count, default=1, metavar="K", help="among its first K")
     add_root_model(group)
-    add("-j", "--workers", type=count, default=os.cpu_count(), metavar="N", help="threads that read images")
+    add("-j", "--workers", type=count, default=num_cores(), metavar="N", help="threads that read images")
     args = parser.parse_args(argv)
     if args.target not in ("median", "max"):
         if not args.target.isdecimal():
@@ -168,9 +168,9 @@ def outcome(args, plan: Plan, manifest: Manifest) -> str:
     short = [f"{name}: {kept[name]} of {number}" for name, number in plan.wanted.items() if kept[name] < number]
     if short:
         lines.append(f"fewer than wanted: {first_of(short, 8)}; a higher --max_candidates draws more")
-    where = "" if args.output is None else f" --synthetic_dir {args.output}"
-    lines.append(f"look at {manifest.folder / 'synthetic.png'}; train with: python imagenet_lt_train.py")
-    lines[-1] += f" --data_dir {args.data_dir} --synthetic_weight 0.5{where}"
+    told = {"data_dir": args.data_dir, "list_dir": args.list_dir, "synthetic_weight": 0.5, "synthetic_dir": args.output}
+    command = command_line("imagenet_lt_train.py", told, {})
+    lines.append(f"look at {manifest.folder / 'synthetic.png'}; train with: {command}")
     return "\n".join(lines)
 
 

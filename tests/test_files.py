@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Failed, Refused
-from engine.files import append_line, locked, read_json, write_atomically, write_json
+from engine.files import append_json, locked, read_json, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
@@ -69,9 +69,9 @@ def test_there_is_no_previous_content_the_first_time(tmp_path):
 
 
 def test_lines_are_appended(tmp_path):
-    for line in ("one", "two"):
-        append_line(tmp_path / "log", line)
-    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    for number in (1, 2):
+        append_json(tmp_path / "log", {"epoch": number})
+    assert (tmp_path / "log").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
 def test_json_is_read_as_it_was_written(tmp_path):
@@ -108,7 +108,7 @@ def test_what_was_there_survives_a_full_disk(tmp_path):
 @needs_full_device
 def test_a_line_that_does_not_fit_is_one_sentence():
     with pytest.raises(Failed, match="cannot write /dev/full: No space left on device"):
-        append_line(Path("/dev/full"), "line")
+        append_json(Path("/dev/full"), {})
 
 
 def test_what_was_there_survives_when_the_disk_fills_while_writing(tmp_path):
@@ -280,5 +280,5 @@ def test_a_folder_without_permission_is_named(tmp_path):
     with pytest.raises(Failed, match="Permission denied"):
         write(tmp_path / "a.bin", b"content")
     with pytest.raises(Failed, match="Permission denied"):
-        append_line(tmp_path / "log", "line")
+        append_json(tmp_path / "log", {})
     tmp_path.chmod(0o700)

@@ -79,6 +79,14 @@ def test_another_machine_and_other_flags_are_other_rows_and_the_flags_are_named(
     ]
 
 
+def test_how_many_cores_of_one_kind_a_run_saw_makes_no_other_row():
+    cores = [other(seed, 0.6, hardware=f"{2 - seed} cores of AMD EPYC") for seed in (1, 0)]
+    ((*_, number),) = table_of(text := ledger.page(cores), "cifar_rsg")
+    assert number == "2"
+    assert "60.00 (seed 0), 60.00 (seed 1)" in text
+    assert "1 cores of AMD EPYC or 2 cores of AMD EPYC" in text
+
+
 def test_a_folder_with_a_blank_is_no_flag():
     command = "python imagenet_lt_train.py @scripts/recipes/any_folder.txt --data_dir 'data/my photos' --lr 1 --seed 0"
     assert ledger.changes({"command": command}) == "--lr 1"

@@ -121,6 +121,24 @@ def test_the_imagenet_stem_divides_the_size_by_16_before_the_generator_and_the_s
     assert torchvision_resnet("resnet18", "small").lower(images).shape == (1, 256, 16, 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_strided_convolution_of_one_pixel_teaches_its_middle_tap_alone(dtype):
+    """In bfloat16 the gradient of the others was what the memory held, here NaN."""
+    layers = Part(nn.Conv2d(128, 256, 3, 2, 1, bias=False), nn.Flatten())
+    convolution, pixels = Backbone(layers[:1], layers[1:], 256, 256).lower[0], torch.randn(4, 128, 1, 1)
+    for _ in range(10):
+        for size in (1000, 10_000, 100_000, 1_000_000):
+            torch.full((size,), torch.nan)
+        convolution.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = layers(pixels)
+        out.sum().backward()
+        expected = torch.zeros_like(convolution.weight)
+        expected[:, :, 1, 1] = pixels.sum(dim=0).flatten()
+        torch.testing.assert_close(convolution.weight.grad, expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(out.float(), pixels.flatten(1) @ convolution.weight[:, :, 1, 1].T, atol=0.1, rtol=0)
+
+
 def test_the_small_stem_is_a_3x3_convolution_with_stride_1_and_no_pooling():
     lower = torchvision_resnet("resnet18", "small").lower
     assert (lower.conv1.kernel_size, lower.conv1.stride, lower.conv1.bias) == ((3, 3), (1, 1), None)

@@ -273,7 +273,7 @@ def test_priors_from_files_of_one_name_have_folders_of_their_own(run, tmp_path):
         (["--post_hoc", "--split", "val"], "another --split"),
         (["--post_hoc", "--test_prior", "uniform"], "give one"),
         (["--post_hoc", "--logit_adjust", "1"], "give one"),
-        (["--logit_adjust", "1", "--test_prior", "uniform"], "give one"),
+        (["--logit_adjust", "1", "--test_prior", "uniform"], "not allowed with"),
         (["--test_prior", "nowhere.txt"], "nowhere.txt is no file"),
         (["--predict_with", "arc"], "no such head"),
     ],

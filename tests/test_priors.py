@@ -18,6 +18,10 @@ ICF = 3 / np.array(COUNTS) / (1 / np.array(COUNTS)).sum()  # focal is a mean ove
 CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # beta 0.9
 
 
+def recorded(*flags, counts=COUNTS, **more) -> dict:
+    return {"flags": vars(train_parser().parse_args(["--epochs", "10", *flags])), "class_counts": counts, **more}
+
+
 @pytest.mark.parametrize(
     ("flags", "head", "epoch", "expected"),
     [
@@ -45,28 +49,25 @@ CB = np.array([90, 9, 1]) * (1 - 0.9) / (1 - 0.9 ** np.array([90, 9, 1]))  # bet
     ],
 )
 def test_the_prior_of_a_model_is_what_its_training_implies(flags, head, epoch, expected):
-    args = vars(train_parser().parse_args(["--epochs", "10", *flags]))
-    np.testing.assert_allclose(model_prior(args, COUNTS, head, epoch), expected / np.sum(expected), rtol=1e-6)
+    np.testing.assert_allclose(model_prior(recorded(*flags), head, epoch), expected / np.sum(expected), rtol=1e-6)
 
 
 def test_a_logit_adjusted_loss_beside_another_has_no_prior():
-    args = vars(train_parser().parse_args([*CE, "--add_logit_adjusted_loss"]))
     with pytest.raises(Refused, match="no prior that is known"):
-        model_prior(args, COUNTS, "main", 9)
+        model_prior(recorded(*CE, "--add_logit_adjusted_loss"), "main", 9)
 
 
 def test_a_loss_that_does_not_say_so_has_no_prior(monkeypatch):
     monkeypatch.delattr(CrossEntropyLoss, "mean_over")
     with pytest.raises(Refused, match=r"of CE\(linear\) it is not known which prior"):
-        model_prior(vars(train_parser().parse_args([*CE, "--norm_out", "False"])), COUNTS, "main", 9)
+        model_prior(recorded(*CE, "--norm_out", "False"), "main", 9)
 
 
 def test_label_smoothing_leaves_no_prior_but_in_focal():
-    args = train_parser().parse_args([*CE, "--label_smoothing", "0.1"])
     with pytest.raises(Refused, match="label_smoothing"):
-        model_prior(vars(args), COUNTS, "main", 9)
-    args.add_cross_entropy_loss, args.add_focal_loss = False, True
-    np.testing.assert_allclose(model_prior(vars(args), COUNTS, "main", 9), TRAIN, rtol=1e-6)
+        model_prior(recorded(*CE, "--label_smoothing", "0.1"), "main", 9)
+    focal = recorded("--add_ldam_loss", "False", "--add_focal_loss", "--label_smoothing", "0.1")
+    np.testing.assert_allclose(model_prior(focal, "main", 9), TRAIN, rtol=1e-6)
 
 
 def test_real_counts_are_without_synthetic_images_where_these_are_counted():
@@ -76,8 +77,9 @@ def test_real_counts_are_without_synthetic_images_where_these_are_counted():
 
 
 def test_the_training_prior_counts_synthetic_images_by_their_weight():
-    args = vars(train_parser().parse_args(["--synthetic_weight", "0.5", "--count_synthetic"]))
-    np.testing.assert_allclose(training_prior(args, [90, 29, 6], [0, 20, 5]), np.array([90, 19, 3.5]) / 112.5)
+    flags = "--synthetic_weight", "0.5", "--count_synthetic"
+    record = recorded(*flags, counts=[90, 29, 6], synthetic_counts=[0, 20, 5])
+    np.testing.assert_allclose(training_prior(record), np.array([90, 19, 3.5]) / 112.5)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +94,8 @@ def test_the_training_prior_counts_synthetic_images_by_their_weight():
 )
 def test_synthetic_images_count_by_their_weight_in_the_prior(flags, counts, made, expected):
     """By hand: 90, 9 + 1, 1 + 9 of 112.5 images and so on; half-weight rows make half of a class count 3/4."""
-    args = vars(train_parser().parse_args(["--epochs", "10", *CE, *flags.split()]))
-    expected = np.array(expected) / np.sum(expected)
-    np.testing.assert_allclose(model_prior(args, counts, "main", 9, made), expected, rtol=1e-6)
+    record = recorded(*CE, *flags.split(), counts=counts, synthetic_counts=made)
+    np.testing.assert_allclose(model_prior(record, "main", 9), np.array(expected) / np.sum(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("word", "expected"), [("uniform", UNIFORM), ("train", TRAIN)])

@@ -151,6 +151,19 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, sign
     assert_same(whole, tmp_path / "stopped" / "run")
 
 
+def test_resume_downloads_no_weights_that_the_state_replaces(tmp_path, tiny_dataset, monkeypatch):
+    run = train(tmp_path, tiny_dataset, "--arch", "resnet18", "--max_steps", "5")  # one of the second epoch's
+    record = json.loads((run / "args.json").read_text())
+    record["flags"]["pretrained"] = True  # as if its start had found the network
+    (run / "args.json").write_text(json.dumps(record))
+    whole = (run / "last.safetensors").read_bytes()
+    (run / "state.previous.pt").replace(run / "state.pt")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))  # no folder to download into
+    train(tmp_path, tiny_dataset, "--arch", "resnet18", "--max_steps", "5", "--pretrained", "--resume")
+    assert (run / "last.safetensors").read_bytes() == whole
+
+
 def test_resume_starts_a_run_that_is_not_there_and_leaves_a_finished_one_alone(tmp_path, tiny_dataset, capsys):
     run = train(tmp_path, tiny_dataset, "--resume")
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from engine.console import say
 from losses import CrossEntropyLoss, SupConLoss
 from models.heads import AMSoftmaxHead, ArcFaceHead, NormedLinear, SphereFaceHead
-from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients
+from scripts.benchmarks.measuring import Bench, Row, interleaved, quotients
 
 SIZES = {(256, 2048, 1000): (1.1, 0.7), (32, 2048, 100): (1.5, None)}  # rows, features, classes: speed, memory to reach
 
@@ -40,7 +41,7 @@ def _rows_of_size(sizes: tuple[int, int, int], targets: tuple, bench: Bench) -> 
             kept = {side: saved_bytes(each, features, labels) for side, each in (("o", ours), ("t", theirs))}
             seconds = interleaved(candidates, bench)
         is_supcon = name == "SupCon"
-        figures = {"ms": median_ms(seconds["ours"]), "theirs ms": median_ms(seconds["theirs"])}
+        figures = {"ms": 1000 * median(seconds["ours"]), "theirs ms": 1000 * median(seconds["theirs"])}
         at_least = 1.2 if is_supcon and targets[0] else targets[0]
         ratios = quotients(seconds["theirs"], seconds["ours"])
         yield Row("heads", f"{name} {title}: speed / metric-learning", ratios, figures, at_least=at_least)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from data.loaders import Batch, TrainingLoader
 from data.long_tail import imbalanced_counts
 from engine.evaluate import predict, validation_row
 from models import build_model
-from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients
+from scripts.benchmarks.measuring import Bench, Row, interleaved, quotients
 from scripts.benchmarks.steps import NO_RSG, BareSteps, TrainingSteps, bare_network, flags, operations
 
 INPUTS = {  # images, their size in the file, the side that is fed, suffix, flags, times ImageFolder's speed to reach
@@ -65,7 +66,7 @@ def input_rows(bench: Bench) -> Iterable[Row]:
             }
             seconds = interleaved(candidates, bench)
             figures = {
-                f"images/s{suffix}": 1000 * number / median_ms(seconds[side])
+                f"images/s{suffix}": number / median(seconds[side])
                 for suffix, side in (("", "ours"), (" theirs", "theirs"))
             }
             figures |= {"s to decode all once": ready} if not words else {}
@@ -129,8 +130,7 @@ def epoch_rows(bench: Bench) -> Iterable[Row]:
             },
             bench._replace(repeats=max(1, bench.repeats // 2)),
         )
-        epoch = median_ms(seconds["ours"]) / 1000
-        bare_epoch = median_ms(seconds["bare"]) / 1000
+        epoch, bare_epoch = median(seconds["ours"]), median(seconds["bare"])
         figures = {"s an epoch": epoch, "bare s": bare_epoch, "% of the time not bare": 100 * (1 - bare_epoch / epoch)}
         name = f"resnet32, {sum(counts)} images, LDAM + SupCon: epoch / bare"
         yield Row("epoch", name, quotients(seconds["ours"], seconds["bare"]), figures, at_most=1.10)
@@ -142,7 +142,7 @@ def epoch_rows(bench: Bench) -> Iterable[Row]:
             "bare": lambda: bare(batches, num_steps),
         }
         seconds = interleaved(rounds, bench)
-        figures = {"s": median_ms(seconds["ours"]) / 1000, "bare s": median_ms(seconds["bare"]) / 1000}
+        figures = {"s": median(seconds["ours"]), "bare s": median(seconds["bare"])}
         if not bench.compile:
             share = 1 - operations(bare, batches[:1]) / operations(with_rsg, batches[:1])
             figures["extra layers, % of operations"] = 100 * share
@@ -169,8 +169,7 @@ def evaluation_rows(bench: Bench) -> Iterable[Row]:
 
         seconds = interleaved({"ours": validate, "bare": forward_over(bare, batches)}, bench)
         figures = {
-            f"images/s{suffix}": 1000 * number / median_ms(seconds[side])
-            for suffix, side in (("", "ours"), (" bare", "bare"))
+            f"images/s{suffix}": number / median(seconds[side]) for suffix, side in (("", "ours"), (" bare", "bare"))
         }
         name = f"resnet32, {number} images of 32 px, with metrics: speed / bare"
         yield Row("evaluation", name, quotients(seconds["bare"], seconds["ours"]), figures)

@@ -93,10 +93,6 @@ def quotients(numerators: list[float], denominators: list[float]) -> list[float]
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def median_ms(seconds: list[float]) -> float:
-    return 1000 * statistics.median(seconds)
-
-
 def machine(bench: Bench) -> dict[str, object]:
     """The machine and the software, as far as figures depend on them."""
     gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None

@@ -6,13 +6,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from engine.errors import Failed
 from engine.record import read_log
 from scripts.benchmarks.inputs import make_images
-from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients
+from scripts.benchmarks.measuring import Bench, Row, interleaved, quotients
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "imagenet_lt_train.py")
@@ -60,7 +61,7 @@ def startup_rows(bench: Bench) -> Iterable[Row]:
     for name in candidates:
         if name not in (libraries, bare):
             other = bare if "step" in name else libraries
-            figures = {"s": median_ms(seconds[name]) / 1000, f"s {other}": median_ms(seconds[other]) / 1000}
+            figures = {"s": median(seconds[name]), f"s {other}": median(seconds[other])}
             yield Row("startup", f"{name}: time / {other}", quotients(seconds[name], seconds[other]), figures)
 
 
@@ -74,7 +75,7 @@ def scaling_rows(bench: Bench) -> Iterable[Row]:
             for number in speeds:
                 speeds[number].append(_images_per_second(number, Path(folder), bench))
         for number in list(speeds)[1:]:
-            figures = {"images/s": median_ms(speeds[number]) / 1000, "in one": median_ms(speeds[1]) / 1000}
+            figures = {"images/s": median(speeds[number]), "in one": median(speeds[1])}
             name = f"resnet32, b128, {number} processes on {bench.cores} cores: speed / one process"
             yield Row("scaling", name, quotients(speeds[number], speeds[1]), figures)
 

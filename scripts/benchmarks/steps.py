@@ -3,11 +3,11 @@
 import argparse
 import itertools
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from engine.state import TrainingState
 from engine.train import peak_memory_bytes, train_one_epoch
 from losses import build_objective
 from models import ARCHITECTURES, FROM_TORCHVISION, build_model
-from scripts.benchmarks.measuring import Bench, Row, interleaved, median_ms, quotients, wait_for
+from scripts.benchmarks.measuring import Bench, Row, interleaved, quotients, wait_for
 
 NO_RSG = "--add_rsg False"
 LOSS_SETS = {
@@ -166,8 +166,8 @@ def step_rows(bench: Bench) -> Iterable[Row]:
     bare_operations = 0 if compiled else operations(bare, batches)
     for label, each in steps.items():
         figures = {
-            "ms a step": median_ms(seconds[label]) / num_steps,
-            "bare ms": median_ms(seconds["bare"]) / num_steps,
+            "ms a step": 1000 * median(seconds[label]) / num_steps,
+            "bare ms": 1000 * median(seconds["bare"]) / num_steps,
         }
         if not compiled:
             figures["extra layers, % of operations"] = 100 * (1 - bare_operations / operations(each, batches))
@@ -194,7 +194,7 @@ def memory_rows(bench: Bench) -> Iterable[Row]:
                 peaks[label].append(task.result())
     args = flags(size_flags(bench))
     for label, at_most in zip(list(words)[1:], (None, 1.15, 1.30), strict=True):
-        figures = {"MB": statistics.median(peaks[label]) / 1e6, "bare MB": statistics.median(peaks["bare"]) / 1e6}
+        figures = {"MB": median(peaks[label]) / 1e6, "bare MB": median(peaks["bare"]) / 1e6}
         ratios = quotients(peaks[label], peaks["bare"])
         yield Row("memory", f"{_title(args)}, {label}: peak memory / bare", ratios, figures, at_most=at_most)
 
@@ -246,8 +246,7 @@ def _variant_rows(group: str, plain: str, variants: dict[str, str], bench: Bench
     seconds = interleaved(candidates, bench)
     for label in variants:
         figures = {
-            f"steps/s{suffix}": num_steps * 1000 / median_ms(seconds[name])
-            for suffix, name in (("", label), (" plain", "plain"))
+            f"steps/s{suffix}": num_steps / median(seconds[name]) for suffix, name in (("", label), (" plain", "plain"))
         }
         figures["s of the first call"] = first_call[label]
         at_least = 1.5 if "bf16" in label and bench.device.type == "cpu" and "compile" not in label else None
