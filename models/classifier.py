@@ -78,7 +78,6 @@ class LongTailClassifier(nn.Module):
         """Prepare an epoch. Parameters that no loss reaches are marked so: they keep no gradient, the optimiser leaves
         them alone, and several processes need not search for them. Returns the phase; equal phases are alike."""
         self.requires_grad_(True)
-        self.zero_grad()
         self.backbone.requires_grad_(not self.freeze_backbone)
         self.heads.requires_grad_(heads_trained)
         if self.generator is not None:

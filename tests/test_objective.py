@@ -83,6 +83,7 @@ def model_and_output(words="", generating=True):
             "--supcon_generated keys --rsg_cesc_weight 0 --rsg_mv_weight .5",
             "0.1 LDAM(normed; ICF weights) + 0.9 SupCon(features; generated rows as keys) + 0.5 MV",
         ),
+        ("--supcon_generated keys --add_rsg 0", "0.1 LDAM(normed; ICF weights) + 0.9 SupCon(features)"),
         (
             "--supcon_generated none --supcon_loss_weight 2",
             "0.1 LDAM(normed; ICF weights) + 2 SupCon(features; real rows) + 0.1 CESC + 0.01 MV",
@@ -255,6 +256,7 @@ def test_balanced_supcon_takes_the_classifiers_weights_as_prototypes(generated, 
     rows, prototypes = output.features, weight
     if projection:
         rows, prototypes = output.auxiliary["projections"], model.prototypes(prototypes)
+        assert model.prototypes is not model.projection
     rows = rows if generated != "none" else rows[:7]
     expected = SupConLoss(0.07)(
         rows, output.targets[: len(rows)], 7 if generated == "keys" else None, prototypes=prototypes

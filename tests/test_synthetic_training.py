@@ -183,7 +183,11 @@ def test_the_weights_of_rows_weigh_anchors_in_supcon_and_leave_the_keys(balanced
     def loss(row_weights=None):
         return loss_fn(features, targets, **prototypes, num_anchors=anchors, row_weights=row_weights)
 
-    each = [loss(torch.eye(7)[anchor]) for anchor in range(anchors)]
+    def alone(anchor: int) -> torch.Tensor:
+        order = [anchor, *(row for row in range(7) if row != anchor)]
+        return loss_fn(features[order], targets[order], num_anchors=1, **prototypes)
+
+    each = [alone(anchor) for anchor in range(anchors)]
     counted = [anchor for anchor in range(anchors) if balanced or anchor != 5]
     torch.testing.assert_close(loss(), sum(each[anchor] for anchor in counted) / len(counted))
     expected = sum(weights[anchor] * each[anchor] for anchor in counted) / sum(weights[anchor] for anchor in counted)

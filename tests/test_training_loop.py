@@ -95,7 +95,7 @@ def test_the_generators_parts_stay_as_they_are_out_of_their_phase(tmp_path, tiny
 
 
 def test_views_and_projection_of_a_loss_that_is_off_change_nothing(tmp_path, tiny_dataset):
-    words = "--epochs 1 --add_rsg True"
+    words = "--epochs 2 --add_rsg True"
     runs = [
         train(tmp_path, name, words + more)
         for name, more in (("plain", ""), ("idle", " --supcon_views 2 --supcon_projection_dim 8"))
