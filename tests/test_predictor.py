@@ -139,6 +139,18 @@ def test_other_images_and_other_groups_have_a_folder_of_their_own(run, tested, t
     assert {path.name: path.read_bytes() for path in (run / "test").iterdir()} == before
 
 
+def test_a_damaged_log_ends_a_test_before_its_work(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("test*"))
+    (copy / "log.jsonl").write_text("garbage\n" + (copy / "log.jsonl").read_text())
+    with pytest.raises(SystemExit) as error:
+        ask(copy)
+    assert error.value.code == 2
+    said = capsys.readouterr()
+    assert "log.jsonl, line 1" in said.err
+    assert "testing" not in said.out + said.err
+    assert not list(copy.glob("test*"))
+
+
 def test_images_that_changed_after_a_test_do_not_replace_it(run, tested, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     data = shutil.copytree(run.parent / "data", tmp_path / "data")

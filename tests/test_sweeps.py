@@ -182,6 +182,13 @@ def test_other_flags_lie_in_another_folder_and_idle_ones_do_not(tmp_path, tiny_d
     assert max(map(len, long)) < 200
 
 
+def test_a_folder_whose_name_begins_with_an_at_sign_is_no_file_of_flags(tmp_path, tiny_dataset, monkeypatch):
+    tiny_dataset.rename(tmp_path / "@tiny")
+    monkeypatch.chdir(tmp_path)
+    _, (run,) = sweep.planned(sweep.parse_args(["one", "a --add_focal_loss", "./@tiny", "--seeds", "0"]))
+    assert imagenet_lt_train.parse_args(run.commands[0][2:]).data_dir == Path("@tiny")
+
+
 def test_what_the_sweep_sets_is_refused_from_the_user(tmp_path, tiny_dataset, capsys):
     def message(*words: str) -> str:
         return refused(capsys, plan, tmp_path, "ablate_rsg", *words)
