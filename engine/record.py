@@ -34,7 +34,7 @@ from rsg import generates
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "safetensors")
 CIRCUMSTANCES = ("precision", "channels_last", "device", "hardware", "threads", "processes", "commit")
 NOT_DOCS = ":(top,exclude)docs"  # as git names it: the ledger writes there between the runs that it is made of
-PACKAGES_OF_OURS = [f":(top){name}" for name in ("losses", "models", "rsg", "data", "engine")]
+OUR_MODULES = [f":(top){name}/*.py" for name in ("losses", "models", "rsg", "data", "engine")]
 REQUIRED = {"flags", "classes", "class_counts", "readable_names", "img_size", "mean", "std", "split_hash", "seed"}
 
 
@@ -227,16 +227,16 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def code_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The checkout's commit; None outside a checkout. Where files differ from it, outside docs/ or new ones in our
-    packages, ``-dirty-`` and a hash of the difference follow."""
+    """The checkout's commit; None outside a checkout. Where files differ from it, outside docs/ or new modules in
+    our packages, ``-dirty-`` and a hash of the difference follow."""
 
     def git(*words: str) -> bytes:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=True).stdout
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, check=True).stdout
 
     try:
-        commit, top = git("rev-parse", "HEAD", "--show-toplevel").decode().splitlines()
-        changes = git("diff", "--binary", "HEAD", "--", NOT_DOCS)
-        new = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", "--", *PACKAGES_OF_OURS)
+        commit, top = os.fsdecode(git("rev-parse", "HEAD", "--show-toplevel")).splitlines()
+        changes = git("diff", "--binary", "--no-ext-diff", "HEAD", "--", NOT_DOCS)
+        new = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", "--", *OUR_MODULES)
         for name in filter(None, new.split(b"\0")):
             changes += name + (Path(top) / os.fsdecode(name)).read_bytes()
     except (OSError, subprocess.CalledProcessError):
