@@ -143,6 +143,7 @@ def test_the_small_stem_is_a_3x3_convolution_with_stride_1_and_no_pooling():
     lower = torchvision_resnet("resnet18", "small").lower
     assert (lower.conv1.kernel_size, lower.conv1.stride, lower.conv1.bias) == ((3, 3), (1, 1), None)
     assert lower[:4](torch.randn(1, 3, 8, 8)).shape == (1, 64, 8, 8)
+    assert lower.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # as torchvision's begin
 
 
 def test_no_parameter_of_torchvision_is_lost_by_the_cut():

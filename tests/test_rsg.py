@@ -261,6 +261,7 @@ def test_generated_rows_are_those_of_a_loop_over_pairs(targets, strength):
         (2, 5, 1, [(0, 10), (1, 11), (0, 12), (1, 13)]),
         (2, 3, 0.1, [(0, 10), (1, 11)]),  # at least one block
         (1, 2, 2, [(0, 10), (0, 11), (0, 10), (0, 11)]),
+        (100, 1, 0.29, [(head, 10) for head in range(29)]),  # 0.29 * 100 is 28.999999999999996
         (3, 0, 1, []),
         (0, 3, 1, []),
     ],
@@ -424,7 +425,7 @@ def test_evaluation_is_unchanged_by_its_presence():
     assert ours.auxiliary == {}
 
 
-@pytest.mark.parametrize(("rows", "distance", "warns"), [(5, 0.995, True), (5, 0.9, False), (0, 1.0, False)])
+@pytest.mark.parametrize(("rows", "distance", "warns"), [(5, 0.991, True), (5, 0.989, False), (0, 1.0, False)])
 def test_centres_that_have_not_moved_are_a_warning_where_rows_are_generated(rows, distance, warns):
     assert bool(unmoved_centers({"generated_rows": rows, "rsg_center_distance": distance})) is warns
 
