@@ -129,9 +129,10 @@ def read_record(folder: Path) -> dict:
     if wrong := [name for name, is_sound in _soundness(record).items() if not is_sound]:
         raise Refused(f"{path} is damaged: no run has these {', '.join(wrong)}; put a copy in its place")
     flags = default_flags() | record["flags"]
-    if unknown := [name for name in flags.keys() - default_flags() if name.startswith("add_") and flags[name] is True]:
+    unknown = sorted(flags.keys() - default_flags().keys())  # an older version's, or a loss or head of somebody's own
+    if added := [name for name in unknown if name.startswith("add_") and flags[name] is True]:
         raise Refused(
-            f"{path}: the run was trained with --{unknown[0]}, which this code does not know; use that of commit "
+            f"{path}: the run was trained with --{added[0]}, which this code does not know; use that of commit "
             f"{record.get('commit')}"
         )
     record["flags"] = flags

@@ -222,8 +222,8 @@ def alike(entries: list[dict]) -> list[list[dict]]:
         kind = entry["hardware"].rpartition(" of ")[2]  # however many of its cores were free; threads stand beside it
         return -entry["epochs"], entry["split"], changes(entry), kind, entry["precision"]
 
-    by_seed = sorted(entries, key=lambda entry: entry["seed"])
-    return [list(group) for _, group in groupby(sorted(by_seed, key=key), key)]
+    ordered = sorted(entries, key=lambda entry: (key(entry), entry["seed"]))
+    return [list(group) for _, group in groupby(ordered, key)]
 
 
 def table_row(name: str, row: Row, runs: list[dict]) -> str:
