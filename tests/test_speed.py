@@ -21,6 +21,7 @@ from data import build, loaders
 from data.folders import read_image_folders
 from data.loaders import Batch, Pixels, TrainingLoader
 from data.transforms import DRAWS, POLICY_DRAWS, cutout
+from engine import precision
 from engine.guard import NonFiniteGuard
 from engine.hardware import masks_updates
 from engine.optim import build_average, build_optimizer
@@ -135,7 +136,24 @@ def test_a_bad_batch_takes_back_the_whole_update_it_belongs_to(bad):
         assert torch.equal(value, expected[name]), name
 
 
-# The order of maps in memory
+# Precision and the order of maps in memory
+
+
+@pytest.mark.parametrize(
+    ("cpu", "capabilities", "expected"),
+    [
+        ("AMD EPYC", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ("Intel(R) Xeon(R)", {"avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ("Intel(R) Xeon(R)", {"avx512_bf16": True, "amx_bf16": False}, None),
+        ("AMD EPYC", {"avx512_bf16": False}, None),
+        ("Apple M1", {}, None),
+    ],
+)
+def test_bfloat16_is_automatic_where_it_is_faster(monkeypatch, cpu, capabilities, expected):
+    monkeypatch.setattr(precision, "cpu_name", lambda: cpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert precision.autocast_dtype("auto", CPU) is expected
+    assert is_channels_last("auto", precision.autocast_dtype("auto", CPU), CPU) is (expected is not None)
 
 
 @pytest.mark.parametrize(

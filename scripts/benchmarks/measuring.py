@@ -11,7 +11,7 @@ import torch
 
 from engine.console import progress
 from engine.hardware import cpu_name
-from engine.precision import has_native_bfloat16
+from engine.precision import has_fast_bfloat16
 
 LEAST_SECONDS = 0.2  # what is faster is called several times for one measurement
 
@@ -102,7 +102,7 @@ def machine(bench: Bench) -> dict[str, object]:
         "gpu": gpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "native_bfloat16": has_native_bfloat16(bench.device),
+        "fast_bfloat16": has_fast_bfloat16(bench.device),
     }
 
 

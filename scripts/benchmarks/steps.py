@@ -21,7 +21,7 @@ from engine import distributed
 from engine.guard import NonFiniteGuard
 from engine.optim import build_clip, build_optimizer
 from engine.options import train_parser
-from engine.precision import autocast_dtype, build_scaler, has_native_bfloat16, is_channels_last
+from engine.precision import autocast_dtype, build_scaler, has_fast_bfloat16, is_channels_last
 from engine.state import TrainingState
 from engine.train import peak_memory_bytes, train_one_epoch
 from losses import build_objective
@@ -219,14 +219,14 @@ def precision_rows(bench: Bench) -> Iterable[Row]:
     """Speed of the training step with ``--amp`` and ``--channels_last``, as a multiple of that without."""
     plain, bf16 = "--amp off --channels_last off", "--amp bf16 --channels_last"
     variants = {"--channels_last on": "--amp off --channels_last on"}
-    if has_native_bfloat16(bench.device):
+    if has_fast_bfloat16(bench.device):
         variants |= {f"--amp bf16 --channels_last {layout}": f"{bf16} {layout}" for layout in ("off", "on")}
     yield from _variant_rows("precision", plain, variants, bench)
 
 
 def compile_rows(bench: Bench) -> Iterable[Row]:
     """Speed of the training step with ``--compile``, as a multiple of that without."""
-    for words in ("--amp off", "--amp bf16") if has_native_bfloat16(bench.device) else ("--amp off",):
+    for words in ("--amp off", "--amp bf16") if has_fast_bfloat16(bench.device) else ("--amp off",):
         yield from _variant_rows(
             "compile", f"{words} --compile False", {f"{words} --compile": f"{words} --compile"}, bench
         )
