@@ -163,9 +163,13 @@ def test_shares_are_of_the_beta_distribution(alpha):
     assert kstest(shares, beta(alpha, alpha).cdf).pvalue > 0.01
 
 
-def test_with_both_kinds_half_of_the_batches_are_of_each():
-    boxes = [mixing.box is not None for mixing in epoch_mixings(1000, 0, 0, 1.0, 1.0, 32)]
-    assert 440 < sum(boxes) < 560
+def test_with_both_kinds_half_of_the_batches_are_of_each_with_shares_of_its_own():
+    """CutMix's are all but 1/2: boxes of 22 px, of which half at least lies inside."""
+    mixings = epoch_mixings(1000, 0, 0, 0.2, 1e6, 32)
+    boxes = [mixing.box for mixing in mixings if mixing.box]
+    assert 440 < len(boxes) < 560
+    assert all(11 <= stop - start <= 22 for top, bottom, *sides in boxes for start, stop in ((top, bottom), sides))
+    assert kstest([mixing.share for mixing in mixings if not mixing.box], beta(0.2, 0.2).cdf).pvalue > 0.01
 
 
 # --- loaders

@@ -51,7 +51,7 @@ def real_run(tmp_path_factory) -> Path:
                 pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "data" / split / name / f"{index}.png")
     flags = ["--data_dir", str(folder / "data"), "--root_model", str(folder), "--root_log", str(folder / "log")]
-    flags += ["--arch", "resnet32", "--max_steps", "1", "--seed", "0", "--run_name", "run_seed0"]
+    flags += ["--arch", "resnet8", "--max_steps", "1", "--seed", "0", "--run_name", "run_seed0"]
     imagenet_lt_train.main(imagenet_lt_train.parse_args(flags))
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(folder / "run_seed0")]))
     return folder / "run_seed0"
@@ -206,7 +206,7 @@ def test_tensorboards_hparams_tab_has_the_flags_and_a_scalar_for_each_metric(rea
     session = data["_hparams_/session_start_info"].session_start_info.hparams
     flags = {flag: session[flag].string_value for flag in session}
     recorded = json.loads((real_run / "args.json").read_text())["flags"]
-    assert (flags["lr"], flags["arch"]) == ("0.001", "resnet32")
+    assert (flags["lr"], flags["arch"]) == ("0.001", "resnet8")
     assert "run_name" not in flags
     assert all(str(recorded[flag]) == value for flag, value in flags.items())
     metrics = [info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.fft import idctn
 
 from data.audit import distribution
 from data.duplicates import MAX_DISTANCE, near_duplicates, perceptual_hashes
@@ -237,6 +238,27 @@ def test_near_duplicates_equal_a_plain_loop():
         and np.corrcoef(thumbnails[i].ravel(), thumbnails[j].ravel())[0, 1] > 0.97
     ]
     assert near_duplicates(thumbnails) == expected == [(index, 30 + index) for index in range(10)]
+
+
+@pytest.mark.parametrize(("pairs", "expected"), [(3, [(0, 1)]), (4, [])])
+def test_hashes_are_near_with_6_of_63_bits_and_no_more(pairs, expected):
+    """Each pair of frequencies that is all but the median, one above and one below, changes sides: two bits."""
+    frequencies = np.full((32, 32), 0.0)
+    frequencies[:8, :8] = np.resize([900.0, -900.0], (8, 8))
+    frequencies[0, :5], frequencies[1, :5] = (0, 1, 2, 3, 4), (0, -1, -2, -3, -4)  # the first is the mean; 31 above 0
+    other = frequencies.copy()
+    other[:2, 1 : pairs + 1] *= -1
+    thumbnails = np.stack([idctn(each) for each in (frequencies, other)])
+    assert near_duplicates(thumbnails) == expected
+
+
+@pytest.mark.parametrize(("correlation", "expected"), [(0.975, [(0, 1)]), (0.965, [])])
+def test_thumbnails_of_near_hashes_are_alike_from_a_correlation_of_097_on(correlation, expected):
+    """A fine chequerboard has no low frequency; sigma / sqrt(sigma^2 + a^2) is the correlation with it."""
+    image = np.asarray(scene(0, 32).convert("L"), dtype=float)
+    board = np.where(np.indices((32, 32)).sum(axis=0) % 2, 1, -1)
+    other = image + image.std() * np.sqrt(correlation**-2 - 1) * board
+    assert near_duplicates(np.stack([image, other])) == expected
 
 
 def test_a_missing_folder_is_refused(tmp_path, capsys):

@@ -1,10 +1,15 @@
 """Several processes on a CPU (gloo) compute what one does."""
 
+import contextlib
+import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,8 +21,8 @@ from torch import nn
 
 import imagenet_lt_test
 import imagenet_lt_train
-from data.build import build_pixels, read_data
-from data.loaders import Batch
+from data.build import build_pixels, build_training_loader, read_data
+from data.loaders import Batch, Pixels
 from engine import distributed
 from engine.errors import Refused
 from engine.options import train_parser
@@ -141,6 +146,13 @@ def refused_by_one(rank: int) -> str | None:
     return None
 
 
+def rows_of_batches(folder: str) -> list[int]:
+    """This process's images in each batch of 4 of the 7 images in ``folder``."""
+    args = train_parser().parse_args(["--data_dir", folder, "--img_size", "8", "--workers", "0", "--batch_size", "4"])
+    loader = build_training_loader(args, read_data(args), Pixels(8), 0, torch.device("cpu"))
+    return [len(batch.images) for batch in loader.epoch(0)]
+
+
 def renewed_statistics(rank: int) -> list[torch.Tensor]:
     """Of a network that has seen one batch, another one in each process."""
     torch.manual_seed(4)
@@ -151,7 +163,6 @@ def renewed_statistics(rank: int) -> list[torch.Tensor]:
 
 
 def _worker(rank: int, world: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     results = {name: history(name, rank, world) for name in LOSSES}
     results["gathered"] = distributed.gather_rows(torch.arange(2 + rank) + 10 * rank)
@@ -160,6 +171,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     results["pixels"] = pixels_of_images(folder)
     results["statistics"] = renewed_statistics(rank)
     results["refused"] = refused_by_one(rank)
+    results["rows"] = rows_of_batches(folder)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -184,12 +196,6 @@ def test_two_processes_with_uneven_rows_equal_one(two_processes, name):
         assert value_of_two == pytest.approx(value, rel=1e-6, abs=1e-6)
         for gradient, gradient_of_two in zip(gradients, gradients_of_two, strict=True):
             torch.testing.assert_close(gradient_of_two, gradient, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_both_processes_have_the_same_gradients(two_processes, name):
-    for (_, first), (_, second) in zip(two_processes[0][name], two_processes[1][name], strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_the_logged_loss_of_uneven_batches_is_that_of_one_process(two_processes):
@@ -221,91 +227,163 @@ def test_what_one_process_refuses_all_refuse(two_processes):
     assert [results["refused"] for results in two_processes] == ["the second lacks a file"] * 2
 
 
+def test_the_last_batch_is_kept_unless_a_process_would_get_one_image_of_it(two_processes):
+    assert [results["rows"] for results in two_processes] == [[4], [3]]  # not [2, 2] and [2, 1]
+
+
 def test_gathered_rows_begin_with_the_own_ones(two_processes):
     assert two_processes[0]["gathered"].tolist() == [0, 1, 10, 11, 12]
     assert two_processes[1]["gathered"].tolist() == [10, 11, 12, 0, 1]
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+# --- the scripts
+
+
+def launch(rank: int, script: ModuleType, *words: str) -> tuple[int, str]:
+    """The exit code and stderr of a script in one of two processes that torchrun might have started."""
+    rendezvous = Path(f"rendezvous{next(LAUNCHES)}").absolute().as_uri()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(None):
+        try:
+            script.main(script.parse_args(words))
+        except SystemExit as end:
+            code = end.code
+    distributed.stop()
+    return code, said.getvalue()
+
+
+LAUNCHES = itertools.count()
+RUN = ["--run_name", "run", "--arch", "resnet32", "--epochs", "2", "--batch_size", "4", "--lr", "0.02", "--seed", "0"]
+RUN += ["--device", "cpu", "--data_dir", "tiny", "--root_log", "log"]
+TEST = ["--root_model", "0", "--model_dir", "run", "--device", "cpu"]
+
+
+def _launched(rank: int, folder: str) -> None:
+    """What several launches in turn leave and say; ``folder`` holds a data set and a run of one process."""
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    said = {"uneven": launch(rank, imagenet_lt_train, *RUN, "--root_model", "uneven", "--batch_size", "5")}
+    said["few"] = launch(rank, imagenet_lt_train, *RUN, "--root_model", "few", "--data_dir", "three")
+    said["own disks"] = launch(rank, imagenet_lt_train, *RUN, "--root_model", f"{rank}", "--resume")
+    saving = (*RUN, "--save_every_steps", "3", "--ema_decay", "0.5")
+    launch(rank, imagenet_lt_train, *saving, "--root_model", "whole")
+    if rank == 0:  # as a kill in the last epoch leaves it
+        shutil.copytree("whole", "killed")
+        Path("killed/run/state.previous.pt").replace("killed/run/state.pt")
+        Path("killed/run/last.safetensors").unlink()
+    said["resumed"] = launch(rank, imagenet_lt_train, *saving, "--root_model", "killed", "--resume")
+    launch(rank, imagenet_lt_train, *RUN, "--root_model", "plain")
+    said["images"] = launch(rank, imagenet_lt_test, *TEST, "--images", "photos")
+    if rank == 0:
+        sorted(Path("tiny/test").glob("*/*"))[1].write_bytes(b"no image")
+    said["broken"] = launch(rank, imagenet_lt_test, *TEST)
+    said["one image"] = launch(rank, imagenet_lt_test, *TEST, "--images", "one")
+    Path(f"said{rank}.json").write_text(json.dumps(said))
+
+
+def all_but_the_first(folder: str, names: list[str]) -> list[str]:
+    return sorted(names)[1:]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, make_tiny_dataset) -> Path:
+    folder = tmp_path_factory.mktemp("launched")
+    make_tiny_dataset(folder / "tiny")
+    shutil.copytree(folder / "tiny" / "test" / "rare", folder / "photos")
+    for name in ("a.png", "test_1.png"):
+        (folder / "photos" / name).write_bytes(b"no image")
+    for name in ("common", "medium", "rare"):
+        shutil.copytree(folder / "tiny" / "val" / name, folder / "three" / "train" / name, ignore=all_but_the_first)
+    shutil.copytree(folder / "three" / "train" / "rare", folder / "one")
+    with contextlib.chdir(folder):
+        imagenet_lt_train.main(imagenet_lt_train.parse_args([*RUN, "--root_model", "0"]))
+        with pytest.raises(SystemExit, match="1"):
+            imagenet_lt_test.main(imagenet_lt_test.parse_args([*TEST, "--images", "photos"]))
+        Path("0/run/predict/photos.csv").rename("alone.csv")
+    mp.spawn(_launched, (str(folder),), nprocs=2)
+    return folder
+
+
+def errors_in(folder: Path, name: str) -> list[str]:
+    """The lines of both processes that begin with error:, after codes that must be those of such an end."""
+    said = [json.loads((folder / f"said{rank}.json").read_text())[name] for rank in range(2)]
+    assert said[0][0] == said[1][0] > 0, said
+    return [line for _, err in said for line in err.splitlines() if line.startswith("error: ")]
+
+
+def log_of(run: Path) -> list[dict]:
+    """The rows without what a clock or the operating system says."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row | dict.fromkeys(("seconds", "images_per_second", "peak_memory_bytes")) for row in rows]
+
+
+@pytest.mark.parametrize(("name", "words"), [("uneven", "--batch_size 5 and 16 "), ("few", "--batch_size 4 and 3 ")])
+def test_batches_that_cannot_be_shared_are_refused_in_one_line(launched, name, words):
+    (line,) = errors_in(launched, name)
+    assert words in line
+
+
+def test_processes_that_find_different_states_refuse_to_go_on(launched):
+    """As on two machines whose disks are their own."""
+    (line,) = errors_in(launched, "own disks")
+    assert "do not find the same state" in line
+
+
+def test_two_processes_go_on_exactly_from_the_middle_of_an_epoch(launched):
+    whole, killed = launched / "whole" / "run", launched / "killed" / "run"
+    assert json.loads((launched / "said0.json").read_text())["resumed"][0] == 0
+    assert (killed / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
+    assert log_of(killed) == log_of(whole)
+    state = torch.load(whole / "state.previous.pt", weights_only=True)
+    assert state["sums"]["images"] == 12  # of three steps: those of both processes
+
+
+@pytest.mark.parametrize("name", ["plain", "whole"])
+def test_what_two_processes_judged_is_the_model_that_was_saved(launched, name):
+    """Also with averaged weights; each process has statistics of its own until the main one's are shared."""
+    words = ["--model_dir", str(launched / name / "run"), "--split", "val", "--weights", "last", "--device", "cpu"]
+    with contextlib.chdir(launched):
+        result = imagenet_lt_test.main(imagenet_lt_test.parse_args(words))
+    row = log_of(launched / name / "run")[-1]
+    assert row["val_loss"] == pytest.approx(result["nll"], rel=1e-5)
+    assert row["val_balanced_accuracy"] == pytest.approx(result["balanced_accuracy"], abs=1e-9)
+
+
+def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(launched):
+    assert len(errors_in(launched, "images")) <= 1
+    together, alone = (
+        [line.split(",")[:2] for line in path.read_text().splitlines()]
+        for path in (launched / "0" / "run" / "predict" / "photos.csv", launched / "alone.csv")
+    )
+    assert together == alone
+    assert len(alone) == 5
+
+
+def test_one_image_for_two_processes_is_counted_once(launched):
+    assert [json.loads((launched / f"said{rank}.json").read_text())["one image"][0] for rank in range(2)] == [0, 0]
+    assert len((launched / "0" / "run" / "predict" / "one.csv").read_text().splitlines()) == 2
+
+
+def test_a_broken_image_in_the_share_of_one_process_is_said_by_the_first(launched):
+    (line,) = errors_in(launched, "broken")
+    assert str(sorted((launched / "tiny" / "test").glob("*/*"))[1].relative_to(launched)) in line
 
 
 def test_torchrun_trains_through_the_generators_threshold_and_counts_every_image_once(tmp_path, tiny_dataset):
     flags = ["--data_dir", str(tiny_dataset), "--root_model", str(tmp_path), "--root_log", str(tmp_path / "log")]
-    flags += ["--arch", "resnet32", "--epochs", "13", "--batch_size", "4", "--epoch_thresh", "6", "--run_name", "two"]
+    flags += ["--arch", "resnet32", "--epochs", "8", "--batch_size", "4", "--epoch_thresh", "2", "--run_name", "two"]
     flags += ["--device", "cpu", "--lr", "0.01", "--add_arc_margin_loss", "--supcon_generated", "keys", "--seed", "0"]
     flags += ["--supcon_balance", "--ema_decay", "0.5", "--augment", "autoaugment"]
-    result = torchrun(2, "imagenet_lt_train.py", *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["imagenet_lt_train.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert len(rows) == 13  # of 4 steps each
-    assert sum(row["generated_rows"] for row in rows[:7]) == 0
-    assert sum(row["generated_rows"] for row in rows[7:]) > 0
-    assert result.stdout.count("epoch  12") == 1
+    rows = log_of(tmp_path / "two")
+    assert len(rows) == 8  # of 4 steps each
+    assert sum(row["generated_rows"] for row in rows[:3]) == 0
+    assert sum(row["generated_rows"] for row in rows[3:]) > 0
+    assert result.stdout.count("epoch   7") == 1
     # 9 images of val in 3 classes: balanced accuracy is a multiple of 1/9 only if each is counted once
     for row in rows:
         assert (9 * row["val_balanced_accuracy"]) == pytest.approx(round(9 * row["val_balanced_accuracy"]), abs=1e-9)
-
-
-def test_a_refusal_under_torchrun_is_one_line(tmp_path, tiny_dataset):
-    flags = ["--data_dir", str(tiny_dataset), "--batch_size", "5", "--root_model", str(tmp_path)]
-    result = torchrun(2, "imagenet_lt_train.py", *flags, "--root_log", str(tmp_path / "log"), "--device", "cpu")
-    assert result.returncode == 1  # the launcher's; it prints a report of its own behind our line
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "divide by their number" in lines[0]
-
-
-def test_processes_that_find_different_states_refuse_to_go_on(tmp_path, tiny_dataset):
-    """As on two machines whose disks are their own."""
-    script = tmp_path / "on_its_own_disk.py"
-    script.write_text(
-        "import os, sys; sys.path.insert(0, os.getcwd()); import imagenet_lt_train as script\n"
-        "own = ['--root_model', sys.argv[1] + '/' + os.environ['RANK']]\n"
-        "script.main(script.parse_args(sys.argv[2:] + own))\n"
-    )
-    flags = ["--data_dir", str(tiny_dataset), "--root_log", str(tmp_path / "log"), "--run_name", "run", "--resume"]
-    flags += ["--arch", "resnet32", "--epochs", "1", "--batch_size", "4", "--seed", "0", "--device", "cpu"]
-    imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, "--root_model", str(tmp_path / "0")]))
-    result = torchrun(2, str(script), str(tmp_path), *flags)
-    assert result.returncode == 1
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "do not find the same state" in line
-
-
-@pytest.fixture
-def run_in_one_step(tmp_path, tiny_dataset):
-    """The test script's flags for a run of one step."""
-    flags = ["--root_model", str(tmp_path), "--device", "cpu"]
-    train = ["--data_dir", str(tiny_dataset), "--root_log", str(tmp_path / "log"), "--run_name", "run", "--seed", "0"]
-    train += ["--arch", "resnet32", "--epochs", "1", "--max_steps", "1"]
-    imagenet_lt_train.main(imagenet_lt_train.parse_args([*flags, *train]))
-    return [*flags, "--model_dir", "run"]
-
-
-def test_unlabelled_images_are_shared_out_and_come_together_in_their_order(tmp_path, tiny_dataset, run_in_one_step):
-    folder = tiny_dataset / "test" / "rare"
-    for name in ("a.png", "test_1.png"):
-        (folder / name).write_bytes(b"no image")
-    asked = [*run_in_one_step, "--images", str(folder)]
-    with pytest.raises(SystemExit, match="1"):
-        imagenet_lt_test.main(imagenet_lt_test.parse_args(asked))
-    table = tmp_path / "run" / "predict" / "rare.csv"
-    alone = table.read_text()
-    table.unlink()
-    assert torchrun(2, "imagenet_lt_test.py", *asked).returncode == 1
-    assert [line.split(",")[:2] for line in table.read_text().splitlines()] == [
-        line.split(",")[:2] for line in alone.splitlines()
-    ]
-    assert alone.count("\n") == 5
-
-
-def test_a_broken_image_in_the_share_of_one_process_is_said_by_the_first(tmp_path, tiny_dataset, run_in_one_step):
-    broken = sorted((tiny_dataset / "test").glob("*/*"))[1]
-    broken.write_bytes(b"no image")
-    result = torchrun(2, "imagenet_lt_test.py", *run_in_one_step)
-    assert result.returncode == 1
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert str(broken) in line

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
             for image in range(number):
                 pixels = random.integers(0, 80, (30, 24, 3)) + 170 * np.eye(3, dtype=int)[index]
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{image}.png")
-    words = f"--data_dir {folder}/data --root_model {folder} --root_log {folder}/log --run_name run --arch resnet32"
+    words = f"--data_dir {folder}/data --root_model {folder} --root_log {folder}/log --run_name run --arch resnet8"
     words += f" {LOSSES} --neck fc --img_size 16 --epochs 1 --batch_size 6 --seed 0"
     imagenet_lt_train.main(imagenet_lt_train.parse_args(words.split()))
     for head in ("main", "mean", "ncm"):

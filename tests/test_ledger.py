@@ -144,7 +144,7 @@ def test_the_script_trains_every_row_of_the_page_with_its_recipe(tmp_path):
 
 def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tmp_path, capsys):
     words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --seed 3"
-    words += f" --root_log {tmp_path}/log --run_name any_folder_seed3 --arch resnet32 --epochs 1 --batch_size 4"
+    words += f" --root_log {tmp_path}/log --run_name any_folder_seed3 --arch resnet8 --epochs 1 --batch_size 4"
     recipe = f"@{ROOT}/scripts/recipes/any_folder.txt"
     imagenet_lt_train.main(imagenet_lt_train.parse_args([recipe, *words.split()]))
     ledger.main(ledger.parse_args([str(tmp_path), "--output", str(tmp_path)]))
@@ -174,7 +174,7 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
     assert entry["parameters"] > 1
     assert (entry["data"], entry["epochs"], entry["of_epochs"], entry["seed"]) == ("tiny", 1, 90, 3)
     told = imagenet_lt_train.parse_args([word.replace("@", f"@{ROOT}/") for word in entry["command"].split()[2:]])
-    assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet32", 1, 4, 0.05, 3)
+    assert (told.arch, told.epochs, told.batch_size, told.lr, told.seed) == ("resnet8", 1, 4, 0.05, 3)
     for name in ("ledger.jsonl", "ledger.md"):
         assert str(tmp_path) not in (tmp_path / name).read_text()
     record = json.loads((tmp_path / "any_folder_seed3" / "args.json").read_text())
@@ -187,7 +187,7 @@ def test_a_run_becomes_a_line_once_with_the_figures_of_its_test(tiny_dataset, tm
 
 def test_a_folder_that_is_named_after_no_row_is_refused(tiny_dataset, tmp_path, capsys):
     words = f"--data_dir {tiny_dataset} --root_model {tmp_path} --root_log {tmp_path}/log --seed 0 --max_steps 1"
-    imagenet_lt_train.main(imagenet_lt_train.parse_args(f"{words} --arch resnet32 --run_name mine".split()))
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(f"{words} --arch resnet8 --run_name mine".split()))
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "mine")]))
     assert "mine is not named after a row" in refusal(tmp_path / "mine", capsys)
     assert not (tmp_path / "mine" / "ledger.jsonl").exists()

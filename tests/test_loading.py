@@ -453,6 +453,15 @@ def test_the_flags_of_the_images_reach_the_training_loader(tiny_dataset):
     assert loader("--hflip").flips
 
 
+def test_images_without_contrast_are_not_divided_by_zero(tiny_dataset):
+    for path in tiny_dataset.glob("train/*/*.png"):
+        Image.new("RGB", (16, 16), (51, 102, 255)).save(path)
+    args = train_parser().parse_args(["--data_dir", str(tiny_dataset), "--normalize", "dataset"])
+    pixels = build_pixels(args, read_data(args))
+    assert pixels.mean == pytest.approx((0.2, 0.4, 1))
+    assert pixels.std == (0.001,) * 3
+
+
 @pytest.mark.parametrize(("side", "size"), [(16, 16), (40, 32), (100, 72)])
 @pytest.mark.parametrize("cache_limit", [0, 1e9])
 def test_evaluation_feeds_what_pixels_makes_of_each_file(tmp_path, side, size, cache_limit):

@@ -368,7 +368,7 @@ def test_the_page_says_how_to_do_it_again(tmp_path):
 
 def test_the_test_script_writes_the_page_beside_its_files(tmp_path, tiny_dataset):
     flags = ["--data_dir", tiny_dataset, "--root_model", tmp_path, "--root_log", tmp_path, "--run_name", "run"]
-    flags += ["--arch", "resnet32", "--max_steps", 1, "--workers", 0, "--add_rsg", 0, "--add_supcon_loss", 0]
+    flags += ["--arch", "resnet8", "--max_steps", 1, "--workers", 0, "--add_rsg", 0, "--add_supcon_loss", 0]
     imagenet_lt_train.main(imagenet_lt_train.parse_args([str(flag) for flag in flags]))
     imagenet_lt_test.main(imagenet_lt_test.parse_args(["--model_dir", str(tmp_path / "run"), "--workers", "0"]))
     page, folder = Page(tmp_path / "run" / "test" / "report.html"), tmp_path / "run" / "test"

@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Path:
                 pixels = 80 * brightness + random.integers(0, 60, (8, 8, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / "data" / split / name / f"{index}.png")
     flags = ["--data_dir", folder / "data", "--root_model", folder, "--root_log", folder / "log", "--run_name", "run"]
-    flags += ["--arch", "resnet32", "--epochs", 1, "--batch_size", 8, "--norm_out", False, "--seed", 0]
+    flags += ["--arch", "resnet8", "--epochs", 1, "--batch_size", 8, "--norm_out", False, "--seed", 0]
     flags += ["--add_cross_entropy_loss", True, "--add_ldam_loss", 0, "--add_supcon_loss", 0, "--add_rsg", 0]
     imagenet_lt_train.main(imagenet_lt_train.parse_args([str(flag) for flag in flags]))
     return folder / "run"

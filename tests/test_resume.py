@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SWITCHES = ["--drw_epoch", "1", "--drs_epoch", "2", "--epoch_thresh", "0", "--add_sphere_loss"]
 
 
-def flags_for(folder: Path, data: Path, *more: str) -> list[str]:
+def flags_for(folder: Path, data: Path, *more: str, arch: str = "resnet8") -> list[str]:
     return [
         *("--data_dir", str(data), "--root_model", str(folder), "--root_log", str(folder / "log"), "--run_name", "run"),
-        *("--arch", "resnet32", "--epochs", "3", "--batch_size", "4", "--lr", "0.02", "--seed", "0", *SWITCHES, *more),
+        *("--arch", arch, "--epochs", "3", "--batch_size", "4", "--lr", "0.02", "--seed", "0", *SWITCHES, *more),
     ]
 
 
-def train(folder: Path, data: Path, *more: str) -> Path:
-    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags_for(folder, data, *more)))
+def train(folder: Path, data: Path, *more: str, arch: str = "resnet8") -> Path:
+    imagenet_lt_train.main(imagenet_lt_train.parse_args(flags_for(folder, data, *more, arch=arch)))
     return folder / "run"
 
 
@@ -69,11 +69,11 @@ def test_a_run_goes_on_exactly_from_its_previous_state(tmp_path, tiny_dataset, m
     """The state before the last save is put back, as after a kill: between epochs, or inside one. Dropout draws."""
 
     def with_dropout(args):
-        backbone = resnet_cifar(32, 16)
+        backbone = resnet_cifar(8, 16)
         backbone.upper.append(nn.Dropout(0.2))
         return backbone
 
-    monkeypatch.setitem(ARCHITECTURES, "resnet32", with_dropout)
+    monkeypatch.setitem(ARCHITECTURES, "resnet8", with_dropout)
     whole = train(tmp_path / "whole", tiny_dataset, *more)
     resumed = tmp_path / "resumed" / "run"
     shutil.copytree(whole, resumed)
@@ -132,9 +132,10 @@ def test_a_run_killed_between_weights_and_state_of_its_first_epoch_begins_again(
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, signal_number):
-    whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1")
+    whole = train(tmp_path / "whole", tiny_dataset, "--workers", "1", arch="resnet32")
     yielding = ["nice", "-n", "15", sys.executable]  # to this process, which has to find it at work
-    command = [*yielding, "imagenet_lt_train.py", *flags_for(tmp_path / "stopped", tiny_dataset, "--workers", "1")]
+    words = flags_for(tmp_path / "stopped", tiny_dataset, "--workers", "1", arch="resnet32")
+    command = [*yielding, "imagenet_lt_train.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "stopped" / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -147,7 +148,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(tmp_path, tiny_dataset, sign
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal_number
     assert f"stopped by {signal_number.name}" in output
-    train(tmp_path / "stopped", tiny_dataset, "--workers", "1", "--resume")
+    train(tmp_path / "stopped", tiny_dataset, "--workers", "1", "--resume", arch="resnet32")
     assert_same(whole, tmp_path / "stopped" / "run")
 
 
@@ -260,6 +261,20 @@ def test_going_on_under_other_circumstances_is_a_warning_and_is_recorded(tmp_pat
     resumed = [{"epoch": 2, "step": 0} | now]
     assert json.loads((run / "args.json").read_text()) == begun | {"resumed": resumed}
     assert [state["precision"] for state in sessions(begun | {"resumed": resumed})] == ["float16", now["precision"]]
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_another_commit_is_another_circumstance_unless_only_documents_differ(
+    tmp_path, tiny_dataset, monkeypatch, capsys, same
+):
+    run = train(tmp_path, tiny_dataset)
+    record = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(record | {"commit": "0" * 40}))
+    (run / "state.previous.pt").replace(run / "state.pt")
+    monkeypatch.setattr("engine.run.same_code", lambda *commits: same)
+    train(tmp_path, tiny_dataset, "--resume")
+    assert ("commit" in capsys.readouterr().err) is not same
+    assert ("resumed" in json.loads((run / "args.json").read_text())) is not same
 
 
 @pytest.mark.parametrize(("epoch", "kept"), [(1, True), (2, False)])

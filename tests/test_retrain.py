@@ -17,7 +17,7 @@ from engine.compare import what_is_missing
 from engine.weights import load_run, read_weights
 from scripts import compare_runs, retrain_classifier
 
-BASE = "--arch resnet32 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
+BASE = "--arch resnet8 --epochs 1 --batch_size 8 --lr 0.05 --seed 3 --add_rsg 0 --add_supcon_loss 0"
 PRIOR, GO_ON = ("--test_prior", "uniform"), ("--run_name", "parent_tau", "--resume")
 LINEAR = "--norm_out False --add_ldam_loss False --add_cross_entropy_loss"
 

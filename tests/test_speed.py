@@ -344,6 +344,23 @@ def test_fused_optimisers_mask_updates_that_are_not_finite():
         assert masks_updates(torch.device(device))
 
 
+class Unmasked(torch.optim.AdamW):
+    def step(self):
+        del self.found_inf
+        super().step()
+
+
+class Unable(torch.optim.SGD):
+    def step(self):
+        raise RuntimeError("not for this device")
+
+
+@pytest.mark.parametrize("optimizer", [Unmasked, Unable])
+def test_an_optimiser_that_applies_what_is_not_finite_or_cannot_work_is_found_out(monkeypatch, optimizer):
+    monkeypatch.setattr(torch.optim, optimizer.__base__.__name__, optimizer)
+    assert not masks_updates(CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("generating", [False, True])

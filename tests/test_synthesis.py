@@ -108,7 +108,7 @@ def error_of(call, code: int, capsys) -> str:
 
 
 def train(data: Path, folder: Path, *more: str) -> Path:
-    """A run of ResNet-32 on ``data``; its folder."""
+    """A run of ResNet-8 on ``data``; its folder."""
     base = [
         "--data_dir",
         str(data),
@@ -119,7 +119,7 @@ def train(data: Path, folder: Path, *more: str) -> Path:
         "--run_name",
         "run",
     ]
-    base += ["--arch", "resnet32", "--epochs", "2", "--batch_size", "8", "--lr", "0.01", "--seed", "0"]
+    base += ["--arch", "resnet8", "--epochs", "2", "--batch_size", "8", "--lr", "0.01", "--seed", "0"]
     imagenet_lt_train.main(imagenet_lt_train.parse_args([*base, "--epoch_thresh", "0", *more]))
     return folder / "run"
 

@@ -23,7 +23,7 @@ from engine.state import TrainingState
 from engine.train import epoch_row, update
 from engine.weights import load_run
 
-PLAIN = "--arch resnet32 --batch_size 8 --lr 0.05 --lr_schedule constant --wd 0 --seed 0 --workers 0 --amp off"
+PLAIN = "--arch resnet8 --batch_size 8 --lr 0.05 --lr_schedule constant --wd 0 --seed 0 --workers 0 --amp off"
 PLAIN += " --add_rsg False --add_supcon_loss False --ldam_weight_type none"
 
 
