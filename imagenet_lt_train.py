@@ -9,7 +9,6 @@ import math
 import secrets
 
 import torch
-from torch import nn
 
 from data.build import build_pixels, build_training_loader, check_data, check_data_flags, read_data, sampler_of
 from data.loaders import TrainingLoader
@@ -20,9 +19,7 @@ from engine.guard import NonFiniteGuard
 from engine.hardware import masks_updates
 from engine.interrupt import StopSignal
 from engine.optim import (
-    build_average,
     build_clip,
-    build_optimizer,
     check_average,
     check_optimizer_flags,
     learning_rate,
@@ -31,15 +28,16 @@ from engine.optim import (
     steps_in_epoch,
 )
 from engine.options import check_idle_flags, check_run_flags, train_parser
-from engine.precision import autocast_dtype, build_scaler, check_compiler, is_channels_last
+from engine.precision import autocast_dtype, check_compiler, is_channels_last
 from engine.record import check_start, describe, new_record
 from engine.run import RunFolder
 from engine.selection import Selection, build_selection
-from engine.state import TrainingState, read_state
+from engine.start import build_state, open_run, take_up
+from engine.state import TrainingState
 from engine.train import PRECISE_BN_BATCHES, NonFiniteLoss, epoch_row, renew_statistics, train_one_epoch
 from engine.weights import pixels_of
 from losses import build_objective, check_class_weights, check_loss_flags
-from models import build_model, check_model_flags, load_backbone_weights
+from models import check_model_flags
 from rsg import check_rsg_flags, generates, unmoved_centers
 
 
@@ -69,13 +67,7 @@ def main(args: argparse.Namespace) -> None:
     folders = distributed.together(lambda: read_data(args))
     distributed.together(lambda: check_data(args, folders))
     warn(*check_class_weights(args, folders.class_counts))
-    run = distributed.together(lambda: RunFolder(args))
-    saved = distributed.together(lambda: read_state(run.path, quiet=True) if run.record else None)
-    found = (saved["epoch"], saved["step"]) if saved else run.record is not None
-    if len(set(distributed.from_all(found))) > 1:
-        raise Refused(f"the processes do not find the same state in {run.path}; all machines must share its disk")
-    if run.record and not saved:
-        run.refuse_to_lose()
+    run, saved = open_run(args)
     if saved and saved["finished"]:
         say(f"{run.path} is finished; test it with: {run.test_command()}")
         distributed.stop()
@@ -91,28 +83,14 @@ def main(args: argparse.Namespace) -> None:
     warn(*check_average(args, len(training)))
     selection = distributed.together(lambda: build_selection(args, folders, pixels, device, amp_dtype))
 
-    torch.manual_seed(seed)
-    start = argparse.Namespace(**vars(args) | {"pretrained": args.pretrained and not saved})  # else the state has all
-    model = distributed.together(lambda: build_model(start, folders.class_counts, with_generator=args.add_rsg))
-    if args.weights and not saved:
-        whole = args.freeze_backbone
-        for mismatch in distributed.together(lambda: load_backbone_weights(model.backbone, args.weights, whole)):
-            say(f"{args.weights}: {mismatch}")
     fresh = saved is None
     del saved  # is read again with the lock held; until then the model needs the memory
-    if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(args, model, pixels.size)
-    state = TrainingState(model, optimizer, build_scaler(amp_dtype, device), epoch=args.start_epoch)
-    state.averaged = build_average(model, args.ema_decay)
-    record = new_record(args, folders, pixels, seed, model, optimizer, amp_dtype, channels_last)
+    state = build_state(args, folders, pixels, seed, device, amp_dtype, channels_last, fresh)
+    record = new_record(args, folders, pixels, seed, state.model, state.optimizer, amp_dtype, channels_last)
     if fresh:
         warn(*distributed.together(lambda: check_start(args, record)))
     if args.compile:
-        model.backbone.compile()
+        state.model.backbone.compile()
     with files.locked(run.path) if distributed.is_main() else contextlib.nullcontext():
         goes_on = take_up(run, state, record)
         say(describe(args, folders, record))
@@ -121,21 +99,6 @@ def main(args: argparse.Namespace) -> None:
             fit(args, run, state, training, selection, stop)
     say(f"done; test it with: {run.test_command()}")
     distributed.stop()
-
-
-def take_up(run: RunFolder, state: TrainingState, record: dict) -> bool:
-    """With the lock held: load what the run has saved, if it has, and make its folder ready; whether it goes on."""
-    if distributed.is_main():  # the others may look when it has begun
-        run.check_unchanged()
-    saved = read_state(run.path) if run.record else None
-    if saved:
-        state.load(saved)
-        run.check_same_start(record, state.epoch, state.step)
-        if run.holds_weights_of(state.epoch):
-            state.best = None  # is overwritten; the epoch that did it is repeated
-    if distributed.is_main():
-        run.begin(record, state.epoch, fresh=not saved)
-    return saved is not None
 
 
 def fit(
