@@ -47,13 +47,12 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
     if args.post_hoc and not ("val" in folders.splits and folders.splits["val"].paths):
         raise Refused(f"--post_hoc is fitted on val/, and {folders.root} has no val images; leave it out or add some")
     loader = predictor.loader(folders.splits[args.split])
-    targets = loader.targets.numpy()
     shot_groups = metrics.shot_groups(counts, *args.shot_thresholds)
     head = head_classes(counts, record["flags"]["head_tail_ratio"]).numpy()
     groups = shot_groups | {"head": head, "tail": ~head}
 
     last = predictor if predictor.weights == "last" else Predictor(args, run, predictor.device, "last")
-    logits, features = predictor(loader, "testing")
+    logits, targets, features = answers = predictor(loader, "testing")
     summary = metrics.summary(logits, targets, counts, groups) | {"epoch": predictor.epoch}
     result = {"split": args.split, "weights": predictor.weights, "predict_with": predictor.head, **summary}
     result["ece_groups"] = metrics.calibration_by_group(logits, targets, groups)
@@ -76,7 +75,9 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
         result["chosen_on_these_images"] = True
     result["last"] = summary
     if last.weights_hash != predictor.weights_hash:
-        result["last"] = metrics.summary(last(loader, "testing")[0], targets, counts, groups) | {"epoch": last.epoch}
+        result["last"] = metrics.summary(last(loader, "testing").logits, targets, counts, groups) | {
+            "epoch": last.epoch
+        }
     if args.data_dir is None and args.list_dir is None and not is_own:
         warn(f"{folders.root} no longer holds the images that the run was trained with")
 
@@ -88,8 +89,7 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
         report.write_report(folder, result, logits, folders, record, shot_groups, command, shown)
     say(report.table(result))
     if args.post_hoc:
-        test = post_hoc.Labelled(logits, targets)
-        say(post_hoc.write_comparison(folder, result, predictor, folders.splits["val"], test, groups))
+        say(post_hoc.write_comparison(folder, result, predictor, folders.splits["val"], answers, groups))
     say(f"tables and figures in {folder}")
     return result
 

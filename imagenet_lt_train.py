@@ -113,7 +113,7 @@ def fit(
     model, device, amp_dtype = state.model, training.device, selection.amp_dtype
     guard = NonFiniteGuard(model, state.optimizer, amp_dtype == torch.float16, args.accumulate_steps, state.averaged)
     clip = build_clip(model, args.clip_grad_norm)
-    forward = phase = None
+    forward = generating = None
 
     def save_due(step: int) -> bool:
         updates = math.ceil(step / args.accumulate_steps)
@@ -124,12 +124,14 @@ def fit(
         state.stop_clock()
         state.save(run.path)
         stop.exit_if_received(f"epoch {state.epoch}, step {state.step}", device)
+        state.start_clock()
 
     while not state.finished:
         epoch = state.epoch
         set_learning_rate(state.optimizer, learning_rate(args, epoch))
         objective = build_objective(args, selection.class_counts, epoch).to(device)
-        if phase != (phase := model.start_phase(generates(args, epoch), objective.trains_heads())):
+        if generating != (generating := generates(args, epoch)):
+            model.start_phase(generating, heads_trained=bool(objective.head_terms))
             forward = distributed.data_parallel(model)
         batches = training.epoch(epoch, sampler_of(args, epoch), state.step)
         num_steps = steps_in_epoch(args, epoch, len(training))

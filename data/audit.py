@@ -28,7 +28,7 @@ def audit(found: Listing, workers: int, near_limit: int) -> tuple[list[Finding],
     paths = image_names(found.root, found.splits)
     names, inspected = list(paths), inspect_all(list(paths.values()), workers)
     findings = listing_findings(found)
-    changed = record_findings(found.root, names, inspected)
+    changed = [] if found.listed else record_findings(found.root, names, inspected)
     findings += unreadable_findings(found.root, inspected, came_broken=not changed) + changed
     if dim := [name for name, image in zip(names, inspected, strict=True) if image.dim]:
         text = f"{len(dim)} image(s) of 16 bits use less than an eighth of their range: they are read as nearly black"

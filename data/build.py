@@ -52,7 +52,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="WORD",
-        help=f"beside crop and flip: {', '.join(POLICIES)} (one of them), cutout",
+        help=f"beside crop and flip: {', '.join(POLICIES)} (one of them), cutout; default: none",
     )
     for name, what in (("mixup", "blend images"), ("cutmix", "paste boxes of others")):
         group.add_argument(

@@ -55,7 +55,8 @@ class ImageFolders:
         return self._counts(self.synthetic or Split([], []))
 
     def _counts(self, split: Split) -> list[int]:
-        return [len(images) for images in self.by_class(split).values()]
+        counts = Counter(split.targets)
+        return [counts[index] for index in range(len(self.classes))]
 
     @property
     def readable_names(self) -> list[str]:
@@ -206,7 +207,7 @@ def image_files(directory: Path) -> list[Path]:
 
 def check_names(names: Iterable[str], where: str) -> list[str]:
     """A warning about images ``where`` that are not read, by the ``names`` of the files there."""
-    suffixes = Counter(f".{name.rpartition('.')[2].lower()}" for name in names if not name.startswith("."))
+    suffixes = Counter(Path(name).suffix.lower() for name in names if not name.startswith("."))
     others = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common() if suffix in NOT_READ)
     return [f"{others} {where} are not read; convert them, to .jpg or .png say"] if others else []
 

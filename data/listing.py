@@ -24,6 +24,7 @@ class Listing:
     root: Path
     splits: dict[str, dict[str, list[Path]]]  # split -> class -> images
     ignored: list[Path]  # neither folder nor image, or out of place
+    listed: bool = False  # by image lists, which may leave out what lies there
 
     def counts(self, split: str) -> dict[str, int]:
         return {name: len(paths) for name, paths in self.splits.get(split, {}).items()}
@@ -33,14 +34,15 @@ def listing(root: Path, list_dir: Path | None = None) -> Listing:
     """The images of every split and class, empty classes and classes of one split included."""
     if lists_in_use(root, list_dir) is not None:
         folders = read_image_folders(root, list_dir)
-        return Listing(root, {name: folders.by_class(split) for name, split in folders.splits.items()}, [])
+        return Listing(root, {name: folders.by_class(split) for name, split in folders.splits.items()}, [], True)
     if not (root / "train").is_dir():
         raise Refused(f"{root} has no train/ folder; a data set is laid out as {root}/train/<class>/<image>")
     splits = images_by_class(root)
     used = {path for classes in splits.values() for paths in classes.values() for path in paths}
     used |= {root / split / name for split in splits for name in splits[split]}
+    ours = {*WRITTEN, "classes.json"}
     found = [path for split in splits for path in [*(root / split).glob("*"), *(root / split).glob("*/*")]]
-    found += [path for path in root.iterdir() if path.name not in {*WRITTEN, "classes.json", "synthetic"}]
+    found += [path for path in root.iterdir() if path.name not in ours and not path.name.startswith("synthetic")]
     return Listing(root, splits, sorted(set(found) - used))
 
 

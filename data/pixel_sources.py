@@ -45,8 +45,8 @@ class WorkerPool:
         self.batches = _GivenBatches()
         self.loader = DataLoader(
             dataset,
-            batch_sampler=self.batches,
-            collate_fn=_unchanged,
+            batch_size=None,  # what is sampled is a whole batch
+            sampler=self.batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -73,7 +73,7 @@ class FixedViews(Dataset):
     def __init__(self, paths: list[Path], size: int):
         self.paths, self.size = paths, size
 
-    def __getitems__(self, indices: list[int]) -> Tensor | str:
+    def __getitem__(self, indices: list[int]) -> Tensor | str:
         return read_batch(indices, lambda i: transforms.fixed_view(read_image(self.paths[i]), self.size))
 
 
@@ -87,7 +87,7 @@ class RandomCrops(Dataset):
     def __init__(self, paths: list[Path], size: int, decoded: "DecodedImages | None", policy: Policy | None = None):
         self.paths, self.size, self.decoded, self.policy = paths, size, decoded, policy
 
-    def __getitems__(self, keys: list[tuple[int, list[float]]]) -> Tensor | str:
+    def __getitem__(self, keys: list[tuple[int, list[float]]]) -> Tensor | str:
         return read_batch(keys, self.crop)
 
     def crop(self, key: tuple[int, list[float]]) -> Image.Image:
@@ -128,7 +128,7 @@ class DecodedImages:
 
 
 class _GivenBatches:
-    """A batch sampler that yields the batches it was given last."""
+    """A sampler that yields the batches it was given last."""
 
     def __init__(self):
         self.batches: Iterable[list] = ()
@@ -148,10 +148,6 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def _unchanged(batch: Tensor | str) -> Tensor | str:
-    return batch
 
 
 def fixed_views(paths: list[Path], size: int, workers: int, device: torch.device, cache_limit: float):

@@ -196,7 +196,7 @@ def build_optimizer(args: argparse.Namespace, model: LongTailClassifier, img_siz
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = min(lr * group.get("lr_factor", 1.0), group["lr_limit"])  # older states know no factor
+        group["lr"] = min(lr * group["lr_factor"], group["lr_limit"])
 
 
 def build_average(model: nn.Module, decay: float | None) -> AveragedModel | None:

@@ -55,7 +55,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_steps", type=number_in(1, kind=int), metavar="N", help="end after N updates: a smoke run")
     add_switch(group, "--sync_bn", False, "batch normalisation over all processes; GPUs only")
     add_device(group)
-    group.add_argument("--amp", choices=AMP, default="auto", help="precision of the backbone; auto: bf16 where native")
+    group.add_argument("--amp", choices=AMP, default="auto", help="precision of the backbone; auto: bf16 where fast")
     group.add_argument(
         "--channels_last", choices=CHANNELS_LAST, default="auto", help="order of maps in memory; auto: on with half"
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -11,18 +10,13 @@ from torch import nn
 from data.folders import Split
 from engine import distributed, metrics
 from engine.files import write_json
-from engine.predictor import Predictor
+from engine.predictor import Answers, Predictor
 from engine.priors import logit_adjusted, training_prior
 from models.heads import Linear
 
 TAUS = np.arange(41) / 20  # 0, 0.05 ... 2
 TEMPERATURES = (0.02, 50.0)
 SHOWN = ("top1", "balanced_accuracy", "many", "medium", "few", "nll", "ece")
-
-
-class Labelled(NamedTuple):
-    logits: np.ndarray  # [N, C], margin-free
-    targets: np.ndarray  # [N]
 
 
 def tau_normalised(logits: np.ndarray, norms: np.ndarray, bias: np.ndarray, tau: float) -> np.ndarray:
@@ -38,7 +32,7 @@ def tau_normalising(head: Linear) -> Callable[[np.ndarray, float], np.ndarray]:
     return lambda logits, tau: tau_normalised(logits, norms, bias, tau)
 
 
-def scores_by_tau(corrected: Callable[[np.ndarray, float], np.ndarray], val: Labelled) -> dict[float, float]:
+def scores_by_tau(corrected: Callable[[np.ndarray, float], np.ndarray], val: Answers) -> dict[float, float]:
     """The balanced accuracy on val with each of `TAUS`."""
     return {tau: _balanced_accuracy(corrected(val.logits, tau), val.targets) for tau in TAUS.tolist()}
 
@@ -52,7 +46,7 @@ def best_tau(scores: dict[float, float]) -> float:
     return max(scores, key=scores.get)
 
 
-def best_temperature(val: Labelled) -> tuple[float, float]:
+def best_temperature(val: Answers) -> tuple[float, float]:
     """T in `TEMPERATURES` with the lowest mean NLL of ``z / T`` over val (Guo et al., 2017); and that NLL.
 
     The mean is over images: it calibrates for a population with val's class shares. Fitted on a long-tailed val it
@@ -67,12 +61,11 @@ def best_temperature(val: Labelled) -> tuple[float, float]:
 
 
 def write_comparison(
-    folder: Path, result: dict, predictor: Predictor, val_split: Split, test: Labelled, groups: dict[str, np.ndarray]
+    folder: Path, result: dict, predictor: Predictor, val_split: Split, test: Answers, groups: dict[str, np.ndarray]
 ) -> str:
     """Let the predictor see val, write post_hoc.json into ``folder`` and return `table`. ``result`` says what was
     tested: metrics.json."""
-    loader = predictor.loader(val_split)
-    val = Labelled(predictor(loader, "validation").logits, loader.targets.numpy())
+    val = predictor(predictor.loader(val_split), "validation")
     head = dict(predictor.model.heads.items()).get(predictor.head)
     record = predictor.record
     rows = compare(val, test, record["class_counts"], groups, head, training_prior(record))
@@ -83,8 +76,8 @@ def write_comparison(
 
 
 def compare(
-    val: Labelled,
-    test: Labelled,
+    val: Answers,
+    test: Answers,
     class_counts: list[int],
     groups: dict[str, np.ndarray],
     head: nn.Module | None,
@@ -114,7 +107,7 @@ def compare(
     return rows
 
 
-def table(rows: dict[str, dict], val: Labelled) -> str:
+def table(rows: dict[str, dict], val: Answers) -> str:
     """The rows of `compare` as text: accuracies and ECE in per cent, NLL in nats, and how they were fitted."""
     shown = [name for name in SHOWN if name in rows["plain"]]
     lines = [f"{'':18s} {'fitted':10s}" + "".join(f" {name.removesuffix('_accuracy'):>8s}" for name in shown)]

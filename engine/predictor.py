@@ -26,7 +26,8 @@ class Answers(NamedTuple):
     """Rows in the order of the split; float64."""
 
     logits: np.ndarray  # [N, C], margin-free
-    features: np.ndarray | None  # [N, D], for --plot_features
+    targets: np.ndarray  # [N]
+    features: np.ndarray | None = None  # [N, D], for --plot_features
 
 
 class Predictor:
@@ -71,7 +72,7 @@ class Predictor:
         logits = chosen_logits(predictions, self.head, self.class_means, self.record["flags"]["norm_scale"])
         if self.shift is not None:
             logits = logits + self.shift
-        return Answers(logits, predictions.features)
+        return Answers(logits, predictions.targets, predictions.features)
 
     def loader(self, split: Split) -> EvaluationLoader:
         pixels = pixels_of(self.record)

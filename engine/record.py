@@ -3,7 +3,6 @@
 import argparse
 import bisect
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -256,7 +255,7 @@ def same_code(commit: str | None, other: str | None, folder: Path = Path(__file_
 
 def describe(args: argparse.Namespace, folders: ImageFolders, record: dict) -> str:
     """The lines at the start of a run."""
-    counts = dataclasses.replace(folders, count_synthetic=False).class_counts
+    counts = real_class_counts(record)
     images = {name: len(split.paths) for name, split in folders.splits.items()}
     data = (
         f"data       {folders.root}: {len(counts)} classes of {max(counts)} to {min(counts)} training images "

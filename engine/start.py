@@ -60,7 +60,7 @@ def build_state(
 
 def take_up(run: RunFolder, state: TrainingState, record: dict) -> bool:
     """With the lock held: load what the run has saved, if it has, and make its folder ready; whether it goes on."""
-    if distributed.is_main():  # the others may look when it has begun
+    if distributed.is_main():  # the others may look when it has begun to write
         run.check_unchanged()
     saved = read_state(run.path) if run.record else None
     if saved:

@@ -42,9 +42,7 @@ class TrainingState:
         self._started = time.perf_counter()
 
     def stop_clock(self) -> None:
-        """Count the time since the clock was started, and start it again."""
         self.seconds += time.perf_counter() - self._started
-        self.start_clock()
 
     def save(self, folder: Path) -> None:
         """Write ``state.pt``, the point from which a resumed run goes on; the one before is kept beside it.
@@ -91,7 +89,7 @@ def read_state(folder: Path, quiet: bool = False) -> dict | None:
         if path.exists():
             try:
                 with warnings.catch_warnings(action="ignore"):  # about the format of files that are not ours
-                    content = {"averaged": None} | torch.load(path, map_location="cpu", weights_only=True)
+                    content = torch.load(path, map_location="cpu", weights_only=True)
                 if {entry.name for entry in fields(TrainingState)} - set(content):
                     raise ValueError
                 if trouble and not quiet:

@@ -99,19 +99,20 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 def check_loss_flags(args: argparse.Namespace, sampler: str) -> list[str]:
     """Warnings about doubtful combinations, also with the last epoch's ``sampler``; `Refused` when no loss is on."""
     on = losses_on(args)
-    if predicts_by_class_means(args) and not (args.add_supcon_loss and args.supcon_loss_weight):
+    no_classifier = predicts_by_class_means(args)
+    if no_classifier and not (args.add_supcon_loss and args.supcon_loss_weight):
         raise Refused("no loss is on with a weight above 0; add one, for example --add_cross_entropy_loss")
     if args.supcon_balance and not args.add_supcon_loss:
         raise Refused("--supcon_balance is about SupCon, which is off; leave it out or give --add_supcon_loss")
-    if args.supcon_balance and predicts_by_class_means(args):
+    if args.supcon_balance and no_classifier:
         raise Refused(
             "--supcon_balance takes the classifier's weights as prototypes, but no loss trains a classifier; add one, "
             "for example --add_logit_adjusted_loss"
         )
-    if args.freeze_backbone and predicts_by_class_means(args):
+    if args.freeze_backbone and no_classifier:
         raise Refused("--freeze_backbone leaves nothing to train: no loss trains a classifier; add one")
     warnings = []
-    if predicts_by_class_means(args):
+    if no_classifier:
         warnings.append(
             "SupCon alone trains no classifier: validation and test predict with the nearest class mean (ncm)"
         )

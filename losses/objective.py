@@ -96,9 +96,6 @@ class Objective(nn.Module):
         through_generator = (maps[num_real:].float() * gradient[num_real:].float() / scale).sum()
         return loss - through_generator + through_generator.detach()
 
-    def trains_heads(self) -> bool:
-        return bool(self.head_terms)
-
     def __str__(self) -> str:
         terms = [f"{term.factor:g} {term.text}" for term in self.head_terms]
         if self.supcon is not None:

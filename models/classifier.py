@@ -74,13 +74,12 @@ class LongTailClassifier(nn.Module):
         scales = {name: head.scale_of(features) for name, head in self.heads.items()}
         return Output(features, logits, scales, targets, auxiliary)
 
-    def start_phase(self, generating: bool, heads_trained: bool) -> tuple[bool, bool]:
+    def start_phase(self, generating: bool, heads_trained: bool) -> None:
         """Prepare an epoch. Parameters that no loss reaches are marked so: they keep no gradient, the optimiser leaves
-        them alone, and several processes need not search for them. Returns the phase; equal phases are alike."""
+        them alone, and several processes need not search for them."""
         self.requires_grad_(True)
         self.backbone.requires_grad_(not self.freeze_backbone)
         self.heads.requires_grad_(heads_trained)
         if self.generator is not None:
             self.generator.generating = generating
             self.generator.idle_module().requires_grad_(False)
-        return generating, heads_trained

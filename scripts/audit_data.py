@@ -24,13 +24,8 @@ def parse_args(argv: list[str] | None = None):
     count = number_in(0, kind=int)
     add = parser.add_argument
     add("data_dir", type=given_path, metavar="DIR", help="folder with train/, val/ and test/")
-    add(
-        "--list_dir",
-        type=given_path,
-        metavar="DIR",
-        help="folder of train.txt, val.txt and test.txt; off without lists",
-    )
-    add("--output", type=given_path, metavar="DIR", help="folder for audit.json and audit.png; the data folder")
+    add("--list_dir", type=given_path, metavar="DIR", help="image lists in place of folders")
+    add("--output", type=given_path, metavar="DIR", help="for audit.json and audit.png; default: the data folder")
     add("--near_limit", type=count, default=100_000, metavar="N", help="most images searched for near-duplicates")
     add("-j", "--workers", type=number_in(1, kind=int), default=num_cores(), metavar="N", help="reading threads")
     return parser.parse_args(argv)

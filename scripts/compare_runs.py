@@ -70,16 +70,15 @@ def main(args) -> None:
 
 
 def run_folders(name: str, root: Path) -> list[Path]:
-    """The run of that name, or the runs in the folder of that name, but for rescaled ones, which none trained."""
+    """The run of that name, or the runs in the folder of that name: where some were trained, without those whose
+    classifier was rescaled."""
     for folder in (Path(name), root / name):
         if not (folder / "args.json").is_file() and (inside := sorted(folder.glob("*/args.json"))):
             runs = [path.parent for path in inside]
-            rescaled = [run for run in runs if "tau" in read_record(run)]
-            if len(rescaled) < len(runs):
-                for run in rescaled:
-                    warn(f"{run} is left out: it is {what_is_missing(run)}")
-                runs = [run for run in runs if run not in rescaled]
-            return runs
+            trained = [run for run in runs if "tau" not in read_record(run)]
+            if trained:
+                warn(*(f"{run} is left out: it is {what_is_missing(run)}" for run in runs if run not in trained))
+            return trained or runs
     return [find_run(name, root)]
 
 

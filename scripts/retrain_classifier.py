@@ -25,7 +25,8 @@ from engine.errors import Refused, one_line_errors
 from engine.evaluate import default_head, predict
 from engine.flags import Parser, add_root_model, flag_words, number_in
 from engine.options import train_parser
-from engine.post_hoc import Labelled, best_tau, scores_by_tau, tau_normalising
+from engine.post_hoc import best_tau, scores_by_tau, tau_normalising
+from engine.predictor import Answers
 from engine.record import check_finished, code_commit, plain_flags, read_record
 from engine.run import RunFolder, find_run
 from engine.weights import default_weights, pixels_of, read_weights, save_weights, trained_model
@@ -103,7 +104,7 @@ def rescale(args: argparse.Namespace) -> None:
         val, pixels = folders.splits["val"], pixels_of(record)
         loader = distributed.together(lambda: build_evaluation_loader(args.training, val, pixels, device))
         predictions = predict(model, loader, None, "validation")
-        scores = scores_by_tau(tau_normalising(head), Labelled(predictions.logits["main"], predictions.targets))
+        scores = scores_by_tau(tau_normalising(head), Answers(predictions.logits["main"], predictions.targets))
         for tau, score in scores.items():
             say(f"tau {tau:.2f}  val balanced {score:6.1%}")
     tau = args.tau if args.tau is not None else best_tau(scores)

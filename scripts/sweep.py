@@ -48,7 +48,7 @@ exit code is 1. Ctrl-C lets the runs save and stops.
 Settings, with what they give imagenet_lt_train.py:
 {settings}"""
 OURS = {"data_dir", "seed", "run_name", "resume", "overwrite"}  # flags of the train script that the sweep gives
-LONGEST_NAME = 150
+LONGEST_NAME = 150  # bytes; the runs lie in it
 
 
 class Run(NamedTuple):
@@ -188,8 +188,9 @@ def sweep_name(sweep: str, data_dir: Path, extra: argparse.Namespace, given: set
             words = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{flag}-{re.sub('[^A-Za-z0-9.=-]+', '_', words)}")
     name = "_".join(parts)
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}_{digest}"
+    encoded = os.fsencode(name)
+    short = encoded[:LONGEST_NAME].decode(errors="ignore")
+    return name if len(encoded) <= LONGEST_NAME else f"{short}_{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 def check_folder(run: Run) -> None:
@@ -208,7 +209,7 @@ def is_done(run: Run) -> bool:
         return False
     result = read_json(run.folder / "test" / "metrics.json")
     own = result.get("split_hash") == read_record(run.folder)["split_hash"]
-    return own and result.get("shot_thresholds", [MANY, FEW]) == [MANY, FEW]
+    return own and result.get("shot_thresholds") == [MANY, FEW]
 
 
 def in_use(folder: Path) -> bool:

@@ -142,6 +142,7 @@ def test_what_cannot_be_judged_and_what_is_not_used_is_noted(clean):
     (clean / "valid").mkdir()
     (clean / "stray.png").write_bytes(b"")
     (clean / "classes.json").write_text("{}")  # is used: synthesize_tail.py takes readable names from it
+    (clean / "synthetic_img2img_0.5").mkdir()  # as ablate_synthetic.sh leaves them
     code, findings, _ = audit(clean)
     assert code == 0
     assert findings == {
@@ -203,6 +204,15 @@ def test_lists_are_audited_like_folders(clean):
     assert code == 1
     assert findings["act 1 image(s) in two splits; remove one of each pair"] == ["train/cat/0.jpg = test/cat/0.jpg"]
     assert report["counts"]["train"] == {"cat": 1, "dog": 1}
+
+
+def test_lists_may_leave_out_images_of_a_prepared_folder(tmp_path, clean):
+    prepare(preparation_flags(["folder", "--source", str(clean), "--output", str(tmp_path / "out")]))
+    names = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("train/*/*.jpg"))
+    lines = [f"{name} {['cat', 'dog'].index(name.parent.name)}\n" for name in names]
+    (tmp_path / "out/train.txt").write_text("".join(lines[1:]))
+    code, findings, _ = audit(tmp_path / "out")
+    assert code == 0, findings
 
 
 def test_beyond_the_limit_near_duplicates_are_not_searched(clean):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
@@ -242,7 +243,7 @@ def test_gathered_rows_begin_with_the_own_ones(two_processes):
 def launch(rank: int, script: ModuleType, *words: str) -> tuple[int, str]:
     """The exit code and stderr of a script in one of two processes that torchrun might have started."""
     rendezvous = Path(f"rendezvous{next(LAUNCHES)}").absolute().as_uri()
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=2))
     code, said = 0, io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(None):
         try:

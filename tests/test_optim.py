@@ -284,9 +284,6 @@ def test_a_learning_rate_is_kept_to_the_limit_of_its_group():
     assert (centers["lr"], others["lr"]) == (pytest.approx(1.9 / (2 * 0.1 * 256)), 0.5)
     set_learning_rate(optimizer, 0.01)
     assert (centers["lr"], others["lr"]) == (0.01, 0.01)
-    del others["lr_factor"]  # as in a state from before it was added
-    set_learning_rate(optimizer, 0.02)
-    assert others["lr"] == 0.02
 
 
 @pytest.mark.parametrize("words", ["--rsg_cesc_weight 0", "--add_rsg False", "--optimizer adamw"])

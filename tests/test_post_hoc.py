@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from engine import post_hoc
 from engine.metrics import shot_groups
 from engine.post_hoc import (
-    Labelled,
+    Answers,
     best_tau,
     best_temperature,
     compare,
@@ -42,9 +42,9 @@ def trained():
     return LogisticRegression(C=1e6, max_iter=1000).fit(*drawn(COUNTS, 0))
 
 
-def labelled(model, counts, seed) -> Labelled:
+def labelled(model, counts, seed) -> Answers:
     points, targets = drawn(counts, seed)
-    return Labelled(model.decision_function(points), targets)
+    return Answers(model.decision_function(points), targets)
 
 
 # --- logit adjustment
@@ -94,21 +94,21 @@ def test_the_documented_example_picks_the_rarest_class():
 
 def test_tau_is_the_smallest_of_the_best_on_the_grid():
     """Class 1 is right from 0.5 on, and class 0 until 1: equal accuracies in between."""
-    val = Labelled(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([0, 1]))
+    val = Answers(np.array([[1.0, 0.0], [0.5, 0.0]]), np.array([0, 1]))
     corrected = lambda logits, tau: logits - tau * np.array([1.0, 0.0]) - 1e-9 * np.array([1.0, 0.0])  # noqa: E731
     scores = scores_by_tau(corrected, val)
     assert (best_tau(scores), scores[0.5]) == (0.5, 1.0)
 
 
 def test_where_no_tau_helps_it_is_0():
-    val = Labelled(np.eye(3), np.arange(3))
+    val = Answers(np.eye(3), np.arange(3))
     assert best_tau(scores_by_tau(lambda logits, tau: logits, val)) == 0.0
 
 
 def test_tau_is_chosen_by_classes_not_by_images():
     """Fifty images of class 0 are lost for the ten of class 1 that are won: half a class for a whole one."""
     logits = np.array([[0.4, 0.0]] * 50 + [[3.0, 0.0]] * 50 + [[0.4, 0.0]] * 10)
-    val = Labelled(logits, np.repeat([0, 1], [100, 10]))
+    val = Answers(logits, np.repeat([0, 1], [100, 10]))
     scores = scores_by_tau(lambda logits, tau: logits - tau * np.array([1.0, 0.0]), val)
     tau, score = best_tau(scores), max(scores.values())
     assert (tau, score) == (pytest.approx(0.45), 0.75)
@@ -137,7 +137,7 @@ def test_tau_normalised_logits_are_those_of_the_normalised_weights(tau):
 
 def test_only_a_linear_head_is_tau_normalised():
     head, features = head_and_features()
-    val = Labelled(features.numpy() @ head.weight.detach().numpy().T, np.arange(20) % 4)
+    val = Answers(features.numpy() @ head.weight.detach().numpy().T, np.arange(20) % 4)
     for asked, there in ((head, True), (NormedLinear(6, 4), False), (None, False)):
         rows = compare(val, val, [40, 30, 20, 10], {}, asked, np.array([0.4, 0.3, 0.2, 0.1]))
         assert ("tau_normalisation" in rows) is there
@@ -167,7 +167,7 @@ def test_the_temperature_is_the_best_of_a_fine_grid(trained):
 
 def test_the_temperature_undoes_a_factor(trained):
     val = labelled(trained, COUNTS, 5)
-    first, second = (best_temperature(Labelled(factor * val.logits, val.targets))[0] for factor in (1, 7))
+    first, second = (best_temperature(Answers(factor * val.logits, val.targets))[0] for factor in (1, 7))
     assert first == pytest.approx(1, abs=0.05)
     assert second == pytest.approx(7 * first, rel=1e-3)
 
@@ -181,7 +181,7 @@ def test_the_temperature_changes_no_decision(trained):
 
 def test_a_flawless_val_has_no_best_temperature(trained):
     """However small T is, a smaller one is better, until the loss is 0 in floating point."""
-    val = Labelled(20 * np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 2]))
+    val = Answers(20 * np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 2]))
     text = post_hoc.table(compare(val, labelled(trained, COUNTS, 5), COUNTS, {}, None, PRIOR), val)
     assert "val has no mistake" in text
     assert "T is at the end" not in text
@@ -194,7 +194,7 @@ def test_the_test_does_not_change_what_is_fitted(trained):
     val, groups = labelled(trained, [50] * 3, 8), {}
     fitted = [
         [(row.get("tau"), row.get("temperature")) for row in compare(val, test, COUNTS, groups, None, PRIOR).values()]
-        for test in (labelled(trained, [30] * 3, 9), Labelled(np.eye(3), np.array([2, 0, 1])))
+        for test in (labelled(trained, [30] * 3, 9), Answers(np.eye(3), np.array([2, 0, 1])))
     ]
     assert fitted[0] == fitted[1]
 

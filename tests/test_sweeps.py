@@ -180,6 +180,8 @@ def test_other_flags_lie_in_another_folder_and_idle_ones_do_not(tmp_path, tiny_d
     long = [folder("--weights", f"{'x' * 300}{index}") for index in range(2)]
     assert len(set(long)) == 2
     assert max(map(len, long)) < 200
+    wide = tiny_dataset.rename(tiny_dataset.with_name("\u72ac" * 80))  # of three bytes each
+    assert len(plan(tmp_path, "ablate_rsg", wide, "--seeds", "0")[0].name.encode()) < 200
 
 
 def test_a_folder_whose_name_begins_with_an_at_sign_is_no_file_of_flags(tmp_path, tiny_dataset, monkeypatch):

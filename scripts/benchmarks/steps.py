@@ -75,7 +75,7 @@ class TrainingSteps:
         if args.compile:
             model.backbone.compile()
         self.objective = build_objective(args, class_counts).to(device)
-        model.start_phase(generating, self.objective.trains_heads())
+        model.start_phase(generating, heads_trained=bool(self.objective.head_terms))
         self.state = TrainingState(model, optimizer, build_scaler(self.amp_dtype, device))
         self.guard = NonFiniteGuard(model, optimizer, self.amp_dtype == torch.float16, args.accumulate_steps)
         self.clip = build_clip(model, args.clip_grad_norm)
