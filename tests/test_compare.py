@@ -84,6 +84,7 @@ def write_test(folder: Path, targets: np.ndarray, predicted: np.ndarray, split_h
     recall = per_class(confusion_matrix(targets, predicted, 3))[0]
     result = {"balanced_accuracy": recall.mean(), "top1": (targets == predicted).mean(), "split_hash": split_hash}
     result |= group_means(recall, shot_groups(COUNTS)) | {"last": {"epoch": 0, "balanced_accuracy": recall.mean()}}
+    result["shot_thresholds"] = [100, 20]
     (test / "metrics.json").write_text(json.dumps(result))
 
 
