@@ -75,9 +75,8 @@ def evaluate(args: argparse.Namespace, predictor: Predictor) -> dict:
         result["chosen_on_these_images"] = True
     result["last"] = summary
     if last.weights_hash != predictor.weights_hash:
-        result["last"] = metrics.summary(last(loader, "testing").logits, targets, counts, groups) | {
-            "epoch": last.epoch
-        }
+        of_last = last(loader, "testing").logits
+        result["last"] = metrics.summary(of_last, targets, counts, groups) | {"epoch": last.epoch}
     if args.data_dir is None and args.list_dir is None and not is_own:
         warn(f"{folders.root} no longer holds the images that the run was trained with")
 

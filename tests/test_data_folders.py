@@ -150,15 +150,9 @@ def test_what_is_not_used_is_said_before_the_training(tmp_path, capsys):
 
     root = write_images(tmp_path, {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 1})
     assert said() == ""
-    for path in (
-        "train/a/1.heic",
-        "test/b/2.HEIC",
-        "train/b/Thumbs.db",
-        "train/b/heic",
-        "train/b/.hidden",
-        "notes.txt",
-    ):
+    for path in ("train/a/1.heic", "test/b/2.HEIC", "train/b/Thumbs.db", "train/b/heic", "train/b/.hidden"):
         (root / path).write_text("not read")
+    (root / "notes.txt").write_text("not read")
     (root / "train/a/again").symlink_to("again")  # leads nowhere but to itself
     assert "warning: 2 .heic in the class folders" in said()
     (root / "train/a/2.png").unlink()
